@@ -1,0 +1,1 @@
+"""The floor that every speaker of the contract stands on: errors, ids, TLS, connections."""
