@@ -16,7 +16,8 @@ class ProtoBuildHook(BuildHookInterface[Any]):
         """Generate, and name the generated files as artifacts."""
         script = Path(self.root) / "scripts" / "protos.py"
         spec = importlib.util.spec_from_file_location("protos", script)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         protos = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(protos)
         protos.generate()

@@ -30,7 +30,10 @@ def generate(root: Path = ROOT) -> list[Path]:
     outputs = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
     code = protoc.main(
         ["protoc", f"-I{root}", f"-I{googleapis}", f"-I{builtin}"]
-        + [f"--{output}=quiet:{root}" if "mypy" in output else f"--{output}={root}" for output in outputs]
+        + [
+            f"--{output}=quiet:{root}" if "mypy" in output else f"--{output}={root}"
+            for output in outputs
+        ]
         + [str(path) for path in protos]
     )
     if code:

@@ -166,8 +166,8 @@ def find_detail(error: Error, kind: type[Message]) -> Message | None:
     for detail in error.details:
         if isinstance(detail, kind):
             return detail
-        if isinstance(detail, any_pb2.Any) and detail.Is(kind.DESCRIPTOR):
+        if isinstance(detail, any_pb2.Any):
             message = kind()
-            detail.Unpack(message)
-            return message
+            if detail.Unpack(message):
+                return message
     return None

@@ -40,7 +40,8 @@ class UnaryCall(Protocol[RequestT, ResponseT]):
 
     def __call__(
         self, request: RequestT, *, timeout: float | None = None, metadata: Any = None
-    ) -> Awaitable[ResponseT]: ...
+    ) -> Awaitable[ResponseT]:
+        """Make the call."""
 
 
 def channel(
@@ -111,7 +112,7 @@ async def received(stream: AsyncIterator[ResponseT]) -> AsyncIterator[ResponseT]
 
 def from_rpc_error(error: grpc.RpcError) -> errors.Error:
     """Return the typed error that a failed call stands for."""
-    metadata = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    metadata: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     for key, value in metadata or ():
         if key == STATUS_KEY and isinstance(value, bytes):
             return errors.from_status(status_pb2.Status.FromString(value))

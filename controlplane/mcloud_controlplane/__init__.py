@@ -1,0 +1,1 @@
+"""The control plane: identity, compute, scheduler, conductor, image, network and volume."""

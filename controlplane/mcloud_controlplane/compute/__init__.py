@@ -1,0 +1,1 @@
+"""The compute API: instances, flavors, key pairs, hosts and quotas."""

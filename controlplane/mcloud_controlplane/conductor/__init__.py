@@ -1,0 +1,1 @@
+"""The conductor: the workflows of instances, and the sessions with hosts."""

@@ -1,0 +1,1 @@
+"""What every service stands on: its database, requests, operations, sessions, policy, listing."""

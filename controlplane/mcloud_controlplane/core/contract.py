@@ -1,0 +1,278 @@
+"""What the descriptors say: who may call, what a field takes, what is secret.
+
+The options are those of mcloud/common/v1/options.proto; nothing here knows any one rpc.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, TypeVar
+
+from google.protobuf import descriptor, descriptor_pool
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+
+from mcloud.common.v1 import options_pb2
+from mcloud_base import errors, ids
+
+MessageT = TypeVar("MessageT", bound=Message)
+Check = Callable[[Any], str]  # of one value: what is wrong with it, or ""
+
+_NAME = re.compile(r"\S(.*\S)?", re.DOTALL)
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_STRING_LIMIT = 4096  # where the contract says nothing
+MASK = "***"
+
+
+@cache
+def method(path: str) -> descriptor.MethodDescriptor | None:
+    """Return the descriptor of "/package.Service/Method" of mcloud's, or None."""
+    name = path.lstrip("/").replace("/", ".")
+    if not name.startswith("mcloud."):
+        return None
+    try:
+        return descriptor_pool.Default().FindMethodByName(name)
+    except KeyError:
+        return None
+
+
+def rule(of: descriptor.MethodDescriptor) -> options_pb2.Rule:
+    """Return the policy of an rpc."""
+    return of.GetOptions().Extensions[options_pb2.rule]
+
+
+def validate(message: Message) -> None:
+    """Check a request against the constraints of its fields.
+
+    Raises:
+        errors.InvalidArgument: BAD_REQUEST, with every violation as BadRequest.
+    """
+    violations = [
+        error_details_pb2.BadRequest.FieldViolation(field=path, description=text)
+        for path, text in _violations(message, "")
+    ]
+    if violations:
+        first = violations[0]
+        raise errors.InvalidArgument(
+            "BAD_REQUEST",
+            f"{first.field}: {first.description}",
+            details=(error_details_pb2.BadRequest(field_violations=violations[:50]),),
+            field=first.field,
+        )
+
+
+def masked(message: MessageT) -> MessageT:
+    """Return a copy whose secrets are masked."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    _mask(copy)
+    return copy
+
+
+def digest(message: Message, key: bytes) -> str:
+    """Return an HMAC of a request without its request_id and validate_only."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    for field in ("request_id", "validate_only"):
+        if field in copy.DESCRIPTOR.fields_by_name:
+            copy.ClearField(field)
+    return hmac.new(key, copy.SerializeToString(deterministic=True), hashlib.sha256).hexdigest()
+
+
+def enum_name(value: int, enum: Any) -> str:
+    """Return the name of an enum value without the prefix that Buf asks for: "ACTIVE"."""
+    name = str(enum.Name(value))
+    return name.removeprefix(_enum_prefix(enum.DESCRIPTOR.name))
+
+
+def enum_value(name: str, enum: Any) -> Any:
+    """Return the value of an enum by its name without the prefix."""
+    return enum.Value(_enum_prefix(enum.DESCRIPTOR.name) + name)
+
+
+@cache
+def _enum_prefix(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper() + "_"
+
+
+def _violations(message: Message, prefix: str) -> Iterator[tuple[str, str]]:
+    for field, rules, checks, is_message in _plan(message.DESCRIPTOR):
+        path = prefix + field.name
+        present = (
+            message.HasField(field.name)
+            if field.has_presence
+            else bool(getattr(message, field.name))
+        )
+        if not present:
+            if rules.required:
+                yield path, "must be set"
+            elif rules.defined:
+                yield path, "must be one of the known values"
+            continue
+        value = getattr(message, field.name)
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            yield from _map_violations(value, path, rules)
+        elif field.is_repeated:
+            if rules.HasField("max_items") and len(value) > rules.max_items:
+                yield path, f"has {len(value)} entries; at most {rules.max_items}"
+                continue
+            for index, item in enumerate(value):
+                if is_message:
+                    yield from _violations(item, f"{path}[{index}].")
+                else:
+                    yield from (
+                        (f"{path}[{index}]", text) for check in checks if (text := check(item))
+                    )
+        elif is_message:
+            yield from _violations(value, path + ".")
+        else:
+            yield from ((path, text) for check in checks if (text := check(value)))
+
+
+def _map_violations(
+    value: Any, path: str, rules: options_pb2.FieldRules
+) -> Iterator[tuple[str, str]]:
+    if rules.HasField("max_items") and len(value) > rules.max_items:
+        yield path, f"has {len(value)} entries; at most {rules.max_items}"
+        return
+    for key, item in value.items():
+        if not 1 <= len(key) <= 255 or not key.isprintable():
+            yield path, "keys are 1 to 255 printable characters"
+        if isinstance(item, str) and (len(item) > _STRING_LIMIT or "\0" in item):
+            yield path, f"values have at most {_STRING_LIMIT} characters and no NUL"
+
+
+@cache
+def _plan(
+    of: descriptor.Descriptor,
+) -> tuple[tuple[descriptor.FieldDescriptor, options_pb2.FieldRules, tuple[Check, ...], bool], ...]:
+    plan: list[
+        tuple[descriptor.FieldDescriptor, options_pb2.FieldRules, tuple[Check, ...], bool]
+    ] = []
+    for field in of.fields:
+        rules = field.GetOptions().Extensions[options_pb2.rules]
+        # Any carries what other messages constrain; well-known types constrain themselves.
+        inner = field.message_type
+        is_message = inner is not None
+        if inner is not None and not inner.full_name.startswith("mcloud."):
+            is_map = inner.GetOptions().map_entry
+            if not is_map and not rules.required:
+                continue
+            if not is_map:
+                plan.append((field, rules, (), False))
+                continue
+        plan.append((field, rules, tuple(_checks(field, rules)), is_message))
+    return tuple(plan)
+
+
+def _checks(field: descriptor.FieldDescriptor, rules: options_pb2.FieldRules) -> Iterator[Check]:
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number
+        yield lambda value: "" if value in known else "must be one of the known values"
+    if field.cpp_type == field.CPPTYPE_STRING:
+        yield from _string_checks(field, rules)
+    if rules.HasField("min"):
+        yield lambda value: "" if value >= rules.min else f"must be at least {rules.min}"
+    if rules.HasField("max"):
+        yield lambda value: "" if value <= rules.max else f"must be at most {rules.max}"
+
+
+def _string_checks(
+    field: descriptor.FieldDescriptor, rules: options_pb2.FieldRules
+) -> Iterator[Check]:
+    is_bytes = field.type == field.TYPE_BYTES
+    unit = "bytes" if is_bytes else "characters"
+    limit = rules.max_len if rules.HasField("max_len") else _STRING_LIMIT
+    yield lambda value: "" if len(value) <= limit else f"must have at most {limit} {unit}"
+    if rules.HasField("min_len"):
+        yield (
+            lambda value: (
+                ""
+                if len(value) >= rules.min_len
+                else (f"must have at least {rules.min_len} {unit}")
+            )
+        )
+    if is_bytes:
+        return
+    yield lambda value: "must not contain NUL" if "\0" in value else ""
+    if rules.name:
+        yield (
+            lambda value: (
+                ""
+                if (len(value) <= 255 and value.isprintable() and _NAME.fullmatch(value))
+                else "must be 1 to 255 printable characters with no space at either end"
+            )
+        )
+    if rules.id:
+        yield (
+            lambda value: (
+                ""
+                if ids.is_id(value, rules.id)
+                else (f"must be the id of a {ids.PREFIXES.get(rules.id, rules.id)}: {rules.id}-…")
+            )
+        )
+    if rules.uuid:
+        yield lambda value: "" if _is_uuid(value) else "must be a UUID"
+    if rules.pattern:
+        pattern = re.compile(rules.pattern)
+        yield lambda value: "" if pattern.fullmatch(value) else f"must match {rules.pattern}"
+    if rules.cidr:
+        yield (
+            lambda value: (
+                ""
+                if _parses(ipaddress.ip_network, value) and "/" in value
+                else ("must be an IP network without host bits, like 10.0.0.0/24")
+            )
+        )
+    if rules.ip:
+        yield lambda value: "" if _parses(ipaddress.ip_address, value) else "must be an IP address"
+    if rules.mac:
+        yield (
+            lambda value: (
+                ""
+                if _MAC.fullmatch(value)
+                else ("must be six lower-case octets, like 52:54:00:12:34:56")
+            )
+        )
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
+
+
+def _parses(parse: Callable[[str], object], text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _mask(message: Message) -> None:
+    for field, value in message.ListFields():
+        if field.GetOptions().Extensions[options_pb2.sensitive]:
+            message.ClearField(field.name)
+            if field.type == field.TYPE_BYTES and not field.is_repeated:
+                setattr(message, field.name, MASK.encode())
+            elif field.type == field.TYPE_STRING and not field.is_repeated:
+                setattr(message, field.name, MASK)
+        elif field.message_type is None:
+            continue
+        elif field.message_type.GetOptions().map_entry:
+            if field.message_type.fields_by_name["value"].message_type is not None:
+                for item in value.values():
+                    _mask(item)
+        elif field.is_repeated:
+            for item in value:
+                _mask(item)
+        else:
+            _mask(value)

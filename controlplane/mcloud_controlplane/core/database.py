@@ -1,0 +1,346 @@
+"""One database: units of work in bounded threads, one transaction each, and wake-ups after commit.
+
+A unit is a plain function of peewee calls. `write` runs it in one transaction (BEGIN IMMEDIATE on
+SQLite, READ COMMITTED plus row locks on PostgreSQL), `read` in a read-only one. A unit may be run
+again (deadlock, a lost race on a unique index), so it has no effect outside the database: what is
+to happen after the commit is given to `after_commit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import peewee
+import psycopg
+import structlog
+
+from mcloud_base import errors
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_CHANNEL = "mcloud"  # of PostgreSQL's NOTIFY
+_RETRIES = 5
+_POLL_S = 2.0  # the net under the wake-ups
+
+# When the rpc that is being served must have ended; monotonic seconds.
+deadline: contextvars.ContextVar[float | None] = contextvars.ContextVar("deadline", default=None)
+
+
+@dataclass
+class Unit:
+    """What a running unit of work has gathered for the end of its transaction."""
+
+    changes: list[tuple[str, str, str, str]] = field(default_factory=list)
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+    rollback: bool = False
+
+
+_unit: contextvars.ContextVar[Unit | None] = contextvars.ContextVar("unit", default=None)
+
+
+def unit() -> Unit:
+    """Return the unit that is running; there must be one."""
+    current = _unit.get()
+    assert current is not None, "outside of Database.write"
+    return current
+
+
+def now() -> int:
+    """Return the time in microseconds since 1970, UTC."""
+    return time.time_ns() // 1000
+
+
+class Database:
+    """A service's database, and the threads that use it.
+
+    Args:
+        url: "sqlite:///absolute/path" or "postgresql://user@host:port/name".
+        proxy: of the models; bound here.
+        before_commit: writes the unit's changes as the transaction's last statements.
+        readers: threads for reading; writing has one on SQLite, as many on PostgreSQL.
+        queue_limit: units that may wait; more are refused.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        proxy: peewee.DatabaseProxy,
+        *,
+        before_commit: Callable[[Unit], None],
+        readers: int = 3,
+        queue_limit: int = 2000,
+    ) -> None:
+        self.url = url
+        self.is_postgresql = urlsplit(url).scheme.startswith("postgres")
+        self.peewee = _open(url)
+        proxy.initialize(self.peewee)
+        self._before_commit = before_commit
+        name = Path(urlsplit(url).path).stem
+        writers = readers if self.is_postgresql else 1
+        self._writers = ThreadPoolExecutor(writers, thread_name_prefix=f"{name}-write")
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix=f"{name}-read")
+        self._queue_limit = queue_limit
+        self._queued = 0
+        self._lock = threading.Lock()
+        self._listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._closed = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name=f"{name}-follow", daemon=True)
+        self._follower.start()
+
+    # -- running units -----------------------------------------------------------------------
+
+    async def write(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a unit that changes things, in one transaction.
+
+        Raises:
+            errors.Exhausted: DATABASE_BUSY, too many units wait.
+            errors.DeadlineExceeded: DEADLINE_EXCEEDED, the caller's deadline passed while waiting.
+            errors.Unavailable: DATABASE_UNAVAILABLE.
+        """
+        return await self._submit(self._writers, self.write_now, function, *args, **kwargs)
+
+    async def read(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a unit that only reads. Raises as `write` does."""
+        return await self._submit(self._readers, self.read_now, function, *args, **kwargs)
+
+    async def _submit(
+        self, pool: ThreadPoolExecutor, runner: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> T:
+        with self._lock:
+            if self._queued >= self._queue_limit:
+                raise errors.Exhausted(
+                    "DATABASE_BUSY",
+                    "too many requests wait for the database; try again in a second",
+                    details=(errors.retry_after(1),),
+                )
+            self._queued += 1
+        context = contextvars.copy_context()
+        end = deadline.get()
+
+        def run() -> T:
+            if end is not None and time.monotonic() > end:
+                raise errors.DeadlineExceeded(
+                    "DEADLINE_EXCEEDED", "the deadline passed while waiting for the database"
+                )
+            return context.run(runner, *args, **kwargs)
+
+        future: Future[T] = pool.submit(run)
+        future.add_done_callback(self._leave)
+        # Cancelling drops a unit that still waits; one that has started is finished.
+        return await asyncio.wrap_future(future)
+
+    def _leave(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._queued -= 1
+
+    def write_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a writing unit in this thread."""
+        for attempt in range(_RETRIES):
+            current = Unit()
+            token = _unit.set(current)
+            try:
+                with _connected(self.peewee), self._transaction() as transaction:
+                    result = function(*args, **kwargs)
+                    if current.rollback:
+                        transaction.rollback()
+                        return result
+                    self._before_commit(current)
+            except (peewee.IntegrityError, peewee.OperationalError) as error:
+                # A lost race: run again, and the unit finds what the winner wrote.
+                if attempt == _RETRIES - 1 or not _repeatable(error):
+                    raise _unavailable(error) from error
+                time.sleep(random.uniform(0.002, 0.02) * (attempt + 1))  # noqa: S311
+                continue
+            finally:
+                _unit.reset(token)
+            for action in current.after_commit:
+                action()
+            if current.changes:
+                self._wake()
+            return result
+        raise AssertionError("unreachable")
+
+    def read_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a reading unit in this thread."""
+        try:
+            with _connected(self.peewee), self.peewee.atomic():
+                return function(*args, **kwargs)
+        except peewee.OperationalError as error:
+            raise _unavailable(error) from error
+
+    def _transaction(self) -> Any:
+        return (
+            self.peewee.transaction()
+            if self.is_postgresql
+            else self.peewee.transaction("IMMEDIATE")
+        )
+
+    def locked(self, query: Any) -> Any:
+        """Return a select that locks its rows; SQLite's transaction has locked them already."""
+        return query.for_update() if self.is_postgresql else query
+
+    def locked_or_skipped(self, query: Any) -> Any:
+        """Return a select that locks its rows and leaves out those that others have locked."""
+        return query.for_update("FOR UPDATE SKIP LOCKED") if self.is_postgresql else query
+
+    # -- wake-ups ------------------------------------------------------------------------------
+
+    @contextmanager
+    def listening(self) -> Iterator[asyncio.Event]:
+        """Give an event that is set after commits that logged a change, in whatever process.
+
+        Wake-ups are hints: whoever waits on it waits with a timeout and looks for itself.
+        """
+        entry = (asyncio.get_running_loop(), asyncio.Event())
+        self._listeners.add(entry)
+        try:
+            yield entry[1]
+        finally:
+            self._listeners.discard(entry)
+
+    async def until(self, function: Callable[..., T | None], *args: Any, timeout_s: float) -> T:
+        """Read again after each change until the unit returns something other than None.
+
+        Raises:
+            TimeoutError: it did not in time.
+        """
+        with self.listening() as event:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    event.clear()
+                    found = await self.read(function, *args)
+                    if found is not None:
+                        return found
+                    try:
+                        async with asyncio.timeout(_POLL_S):
+                            await event.wait()
+                    except TimeoutError:
+                        continue
+
+    def _wake(self) -> None:
+        for loop, event in tuple(self._listeners):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event.set)
+
+    def notify(self) -> None:
+        """Tell other processes, as part of the transaction.
+
+        SQLite's followers see the commit by themselves.
+        """
+        if self.is_postgresql:
+            self.execute(f"NOTIFY {_CHANNEL}")
+
+    def execute(self, sql: str) -> None:
+        """Run one statement of SQL that peewee has no words for. Within a unit."""
+        self.peewee.execute_sql(sql)  # type: ignore[no-untyped-call]
+
+    def _follow(self) -> None:
+        """Wake this process after commits of others, until closed."""
+        while not self._closed.is_set():
+            try:
+                if self.is_postgresql:
+                    self._follow_postgresql()
+                else:
+                    self._follow_sqlite()
+            except (psycopg.Error, sqlite3.Error) as error:
+                if not self._closed.wait(1):
+                    log.warning("database follower restarts", error=str(error))
+
+    def _follow_postgresql(self) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"LISTEN {_CHANNEL}")
+            while not self._closed.is_set():
+                for _ in connection.notifies(timeout=0.5, stop_after=1):
+                    self._wake()
+
+    def _follow_sqlite(self) -> None:
+        """Source: https://www.sqlite.org/pragma.html#pragma_data_version."""
+        connection = sqlite3.connect(urlsplit(self.url).path, check_same_thread=False)
+        try:
+            seen = None
+            while not self._closed.wait(0.05):
+                (version,) = connection.execute("PRAGMA data_version").fetchone()
+                if seen is not None and version != seen:
+                    self._wake()
+                seen = version
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        """Finish the units that run, drop those that wait, close every connection."""
+        self._closed.set()
+        for pool in (self._writers, self._readers):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._follower.join(timeout=5)
+        _close_all(self.peewee)
+
+
+def _open(url: str) -> peewee.Database:
+    parts = urlsplit(url)
+    if parts.scheme == "sqlite":
+        Path(parts.path).parent.mkdir(parents=True, exist_ok=True)
+        return peewee.SqliteDatabase(
+            parts.path,
+            pragmas={
+                "journal_mode": "wal",
+                "synchronous": "full",  # a commit that was answered survives power loss
+                "foreign_keys": 1,
+                "busy_timeout": 10_000,
+                "cache_size": -16_000,
+            },
+            check_same_thread=False,
+        )
+    return peewee.PostgresqlDatabase(url, prefer_psycopg3=True, isolation_level=None)
+
+
+_connections: dict[int, list[Any]] = {}
+
+
+@contextmanager
+def _connected(database: peewee.Database) -> Iterator[None]:
+    """Have this thread's connection open; it stays open, unless it broke."""
+    if database.is_closed():
+        database.connect(reuse_if_open=True)
+        _connections.setdefault(id(database), []).append(database.connection())  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except peewee.OperationalError:
+        if isinstance(database, peewee.PostgresqlDatabase):
+            database.close()  # it may be the server that went away: connect anew next time
+        raise
+
+
+def _close_all(database: peewee.Database) -> None:
+    for connection in _connections.pop(id(database), []):
+        connection.close()
+
+
+def _repeatable(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, peewee.IntegrityError) or any(
+        word in text for word in ("deadlock", "serialize", "locked", "busy")
+    )
+
+
+def _unavailable(error: Exception) -> Exception:
+    if isinstance(error, peewee.IntegrityError):
+        return error  # not a race but a fault of ours
+    return errors.Unavailable(
+        "DATABASE_UNAVAILABLE",
+        "the database does not answer; try again in a moment",
+        details=(errors.retry_after(1),),
+    )

@@ -1,0 +1,217 @@
+"""The interceptor in front of every rpc: who calls, may they, is the request sound; errors by type.
+
+Everything it enforces stands in the contract's options; a method reads as what it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf import descriptor
+from google.protobuf.message import Message
+
+from mcloud.common.v1 import options_pb2
+from mcloud_base import errors, rpc
+from mcloud_controlplane.core import auth, contract, database, tokens
+
+log = structlog.get_logger()
+
+Rule = options_pb2.Rule
+
+# Offered to anyone, without a rule of ours.
+_OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+_CHANGING = (Rule.KIND_MUTATE, Rule.KIND_ISSUE, Rule.KIND_STREAM)
+
+
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Guards one port.
+
+    Args:
+        checker: of bearer tokens.
+        internal: the port asks for client certificates.
+        is_revoked: tells whether a certificate's serial has been revoked.
+    """
+
+    def __init__(
+        self, checker: tokens.TokenChecker, *, internal: bool, is_revoked: Callable[[str], bool]
+    ) -> None:
+        self._checker = checker
+        self._internal = internal
+        self._is_revoked = is_revoked
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the method's handler."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(_OPEN):
+            return handler
+        method = contract.method(details.method)
+        if method is None:
+            return handler
+        return self._guarded(handler, method, details.method.lstrip("/"))
+
+    def _guarded(self, handler: Any, method: descriptor.MethodDescriptor, path: str) -> Any:
+        rule = contract.rule(method)
+
+        async def enter(context: auth.Context) -> None:
+            await self._enter(context, rule, path)
+
+        async def unary(request: Any, context: auth.Context) -> Any:
+            try:
+                await enter(context)
+                if handler.request_streaming:
+                    answer = await handler.stream_unary(_validated(request), context)
+                else:
+                    contract.validate(request)
+                    answer = await handler.unary_unary(request, context)
+                if auth.call().trailing:
+                    context.set_trailing_metadata(tuple(auth.call().trailing))
+                return answer
+            except Exception as error:
+                await _refuse(context, error, path)
+
+        async def stream(request: Any, context: auth.Context) -> AsyncIterator[Any]:
+            try:
+                await enter(context)
+                if handler.request_streaming:
+                    answers = handler.stream_stream(_validated(request), context)
+                else:
+                    contract.validate(request)
+                    answers = handler.unary_stream(request, context)
+                async for answer in answers:
+                    yield answer
+                if auth.call().trailing:
+                    context.set_trailing_metadata(tuple(auth.call().trailing))
+            except Exception as error:
+                await _refuse(context, error, path)
+
+        return _HANDLERS[handler.request_streaming, handler.response_streaming](
+            stream if handler.response_streaming else unary,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _enter(self, context: auth.Context, rule: Rule, path: str) -> None:
+        """Authenticate and authorize; then `auth.caller` and `auth.call` tell who and what."""
+        metadata = dict(context.invocation_metadata() or ())
+        call = auth.Call(
+            method=path,
+            request_id=str(metadata.get("x-request-id") or secrets.token_hex(8))[:64],
+            receive_time=database.now(),
+            trace_id=_trace_id(str(metadata.get("traceparent", ""))),
+        )
+        left = context.time_remaining()
+        database.deadline.set(None if left is None else time.monotonic() + left)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request=call.request_id)
+        call.authorize_start_time = database.now()
+        caller = await self._authenticate(context, metadata, rule)
+        _authorize(caller, rule)
+        call.authorize_end_time = database.now()
+        auth.set_current(caller, call)
+
+    async def _authenticate(
+        self, context: auth.Context, metadata: dict[str, Any], rule: Rule
+    ) -> auth.Caller:
+        token = str(metadata.get("authorization", ""))
+        token = token.removeprefix("Bearer ") if token.startswith("Bearer ") else ""
+        if self._internal:
+            (pem,) = context.auth_context()["x509_pem_cert"]
+            certificate = _certificate(pem)
+            if self._is_revoked(certificate.serial):
+                raise errors.Unauthenticated(
+                    "CERTIFICATE_REVOKED", "this certificate has been revoked; enrol again"
+                )
+            if Rule.CALLER_DELEGATE in rule.callers and certificate.host_id and token:
+                claims = await self._checker.check(token, mutates=False)
+                if claims["typ"] == "delegated":
+                    return tokens.delegate_from_claims(claims, certificate)
+            kind = Rule.CALLER_HOST if certificate.host_id else Rule.CALLER_SERVICE
+            name = certificate.host_id or certificate.service
+            return auth.Caller(kind=kind, principal_id=name, certificate=certificate)
+        if not token:
+            return auth.Caller(kind=Rule.CALLER_ANYONE)
+        claims = await self._checker.check(token, mutates=rule.kind in _CHANGING)
+        if claims["typ"] != "user":
+            raise errors.Unauthenticated("TOKEN_INVALID", "this token is not for this port")
+        return tokens.caller_from_claims(claims)
+
+
+def _authorize(caller: auth.Caller, rule: Rule) -> None:
+    """Refuse a caller that the rule does not admit."""
+    if Rule.CALLER_ANYONE in rule.callers:
+        return
+    if caller.kind not in rule.callers:
+        if caller.kind == Rule.CALLER_ANYONE:
+            raise errors.Unauthenticated("TOKEN_MISSING", "log in first: mcloud login")
+        raise errors.PermissionDenied("WRONG_CALLER", "this call is not for this kind of caller")
+    if caller.kind != Rule.CALLER_USER:
+        return
+    if rule.scope == Rule.SCOPE_SYSTEM:
+        caller.require_system(rule.role, "this call")
+    elif rule.scope == Rule.SCOPE_PROJECT and not caller.system and not caller.project_id:
+        raise errors.PermissionDenied("NO_PROJECT", "log in to a project first")
+    if caller.role < rule.role:
+        needed = Rule.Role.Name(rule.role).removeprefix("ROLE_").lower()
+        raise errors.PermissionDenied("ROLE_REQUIRED", f"this call needs the role {needed}")
+
+
+async def _validated(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
+    async for request in requests:
+        contract.validate(request)
+        yield request
+
+
+async def _refuse(context: auth.Context, error: Exception, path: str) -> NoReturn:
+    """End the call with the error's status."""
+    if isinstance(error, asyncio.CancelledError | grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, errors.Error):
+        log.exception("rpc failed unexpectedly", method=path)
+        request_id = structlog.contextvars.get_contextvars().get("request", "")
+        error = errors.Internal(
+            "INTERNAL",
+            f"internal error; tell the operator request {request_id}",
+            request=request_id,
+        )
+    elif isinstance(error, errors.Unavailable | errors.Internal | errors.DataLoss):
+        log.warning("rpc refused", method=path, reason=error.reason)
+    status = errors.to_status(error)
+    await context.abort(error.code, error.message, ((rpc.STATUS_KEY, status.SerializeToString()),))
+
+
+def _trace_id(traceparent: str) -> str:
+    """Return the trace id of a W3C traceparent, or a new one."""
+    parts = traceparent.split("-")
+    if len(parts) == 4 and len(parts[1]) == 32 and set(parts[1]) <= set("0123456789abcdef"):
+        return parts[1]
+    return secrets.token_hex(16)
+
+
+_certificates: dict[bytes, auth.Certificate] = {}
+
+
+def _certificate(pem: bytes) -> auth.Certificate:
+    """Return what a certificate says; parsed once for each (hosts call often, with the same)."""
+    if pem not in _certificates:
+        if len(_certificates) > 20_000:
+            _certificates.clear()
+        _certificates[pem] = auth.read_certificate(pem)
+    return _certificates[pem]
+
+
+_HANDLERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}

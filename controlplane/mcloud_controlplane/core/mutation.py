@@ -1,0 +1,194 @@
+"""The frame of every rpc that changes something: once per request id, receipt, dry run.
+
+A servicer's method reads `return await self._frame.mutate(request, store.create_thing)`; the unit
+gets the Mutation and the request, does its checks and writes, and returns the resource as it is
+then, or None after `start`ing a workflow.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+
+from mcloud.common.v1 import operation_pb2
+from mcloud_base import errors, ids
+from mcloud_controlplane.core import auth, contract, database, operations, tables
+
+RUNNING = "RUNNING"
+SUCCEEDED = "SUCCEEDED"
+
+
+@dataclass
+class Mutation:
+    """The mutation whose unit is running."""
+
+    caller: auth.Caller
+    call: auth.Call
+    tables: tables.Tables
+    operation_id: str
+    validate_only: bool
+    _resource: tuple[str, str, str] = ("", "", "")
+    _project_id: str = ""
+    _workflow: str = ""
+    _job: str = "{}"
+    _deadline: int | None = None
+    _steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def concerns(self, type_: str, id_: str, name: str, project_id: str = "") -> None:
+        """Name the resource that the operation works on, and whose it is."""
+        self._resource = (type_, id_, name)
+        self._project_id = project_id
+
+    def start(self, workflow: str, job: str, *, deadline_s: float) -> None:
+        """Leave the rest to a workflow; `job` is JSON with every id that it will need."""
+        self._workflow, self._job = workflow, job
+        self._deadline = database.now() + int(deadline_s * 1_000_000)
+
+    def step(
+        self,
+        number: int,
+        name: str,
+        service: str,
+        start: int,
+        end: int,
+        *,
+        host: str = "",
+        detail: str = "",
+    ) -> None:
+        """Add a row to the trace for what has been done already."""
+        self._steps.append(
+            {
+                "number": number,
+                "name": name,
+                "service": service,
+                "host": host,
+                "attempt": 1,
+                "state": "DONE",
+                "start_time": start,
+                "end_time": end,
+                "detail": detail,
+            }
+        )
+
+
+class Frame:
+    """Accepts the mutations of one database.
+
+    Args:
+        store: the database.
+        shared: its shared tables.
+        prefix: of its operations' ids.
+        wake: called after a commit that started a workflow.
+    """
+
+    def __init__(
+        self,
+        store: database.Database,
+        shared: tables.Tables,
+        prefix: str,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._database = store
+        self._tables = shared
+        self._prefix = prefix
+        self._wake = wake
+
+    async def mutate(
+        self, request: Any, unit: Callable[[Mutation, Any], Message | None]
+    ) -> operation_pb2.Operation:
+        """Run a MUTATE's unit once per request id and return its operation.
+
+        Raises:
+            errors.InvalidArgument: REQUEST_ID_REUSED, with a different request.
+        """
+        return await self._database.write(self._mutate, auth.caller(), auth.call(), request, unit)
+
+    def _mutate(
+        self,
+        caller: auth.Caller,
+        call: auth.Call,
+        request: Any,
+        unit: Callable[[Mutation, Any], Message | None],
+    ) -> operation_pb2.Operation:
+        operation_id = ids.new(self._prefix)
+        if not request.validate_only:
+            earlier = self.accept(caller, call.method, request, operation_id)
+            if earlier:
+                return operations.get(self._tables, earlier)
+        mutation = Mutation(caller, call, self._tables, operation_id, request.validate_only)
+        answer = unit(mutation, request)
+        row = self._row(mutation, request, answer)
+        if request.validate_only:
+            database.unit().rollback = True
+            return operations.message(row, [])
+        self._tables.operation.insert(**row.__data__).execute()
+        for step in mutation._steps:
+            self._tables.operation_step.insert(operation_id=operation_id, **step).execute()
+        tables.changed("operation", row.id, row.project_id, "ADDED")
+        if mutation._workflow:
+            database.unit().after_commit.append(self._wake)
+        return operations.get(self._tables, operation_id)
+
+    def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:
+        """Record a request, first thing in its unit; return what its first time made, if earlier.
+
+        Raises:
+            errors.InvalidArgument: REQUEST_ID_REUSED.
+        """
+        table = self._tables.request
+        key = dict(
+            project_id=caller.project_id,
+            principal_id=caller.principal_id,
+            method=method,
+            request_id=request.request_id,
+        )
+        digest = contract.digest(request, self._key())
+        table.insert(
+            **key, hash=digest, operation_id=made_id, time=database.now()
+        ).on_conflict_ignore().execute()
+        row = table.get(*(getattr(table, name) == value for name, value in key.items()))
+        if row.hash != digest:
+            raise errors.InvalidArgument(
+                "REQUEST_ID_REUSED",
+                f"request_id {request.request_id} was used for a different request; make a new one",
+                request_id=request.request_id,
+            )
+        return "" if row.operation_id == made_id else str(row.operation_id)
+
+    def _key(self) -> bytes:
+        return str(self._tables.deployment.get_by_id(1).request_key).encode()
+
+    def _row(self, mutation: Mutation, request: Any, answer: Message | None) -> tables.Operation:
+        moment = database.now()
+        type_, resource_id, name = mutation._resource
+        running = bool(mutation._workflow)
+        packed = any_pb2.Any()
+        packed.Pack(contract.masked(request))
+        response = None
+        if answer is not None:
+            response = any_pb2.Any()
+            response.Pack(answer)
+        return self._tables.operation(
+            id="" if mutation.validate_only else mutation.operation_id,
+            project_id=mutation._project_id or mutation.caller.project_id,
+            method=mutation.call.method,
+            resource_type=type_,
+            resource_id=resource_id,
+            resource_name=name,
+            principal_id=mutation.caller.principal_id,
+            request_id=request.request_id,
+            state=RUNNING if running else SUCCEEDED,
+            request=packed.SerializeToString(),
+            response=response.SerializeToString() if response else None,
+            workflow=mutation._workflow,
+            job=mutation._job,
+            trace_id=mutation.call.trace_id or secrets.token_hex(16),
+            create_time=moment,
+            end_time=None if running else moment,
+            deadline=mutation._deadline,
+        )

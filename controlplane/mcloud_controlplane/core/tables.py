@@ -1,0 +1,248 @@
+"""The tables that every database has beside its own, and the columns of every resource.
+
+`bind` makes them for one database. Times are microseconds since 1970, UTC.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import peewee
+
+from mcloud_controlplane.core import database
+
+
+class Deployment(peewee.Model):
+    """One row: which incarnation of the data this is, and its revision counter."""
+
+    id = peewee.IntegerField(primary_key=True, default=1)
+    epoch = peewee.TextField()  # replaced by a restore; numbers are compared within it
+    revision = peewee.BigIntegerField(default=0)
+    schema_version = peewee.IntegerField()
+    request_key = peewee.TextField()  # of the digests of requests
+
+
+class Change(peewee.Model):
+    """The log that watches follow, in the order of commits.
+
+    The revision counter's row is the last that a transaction locks; with a sequence, watchers on
+    PostgreSQL lost changes.
+    """
+
+    revision = peewee.BigIntegerField()
+    number = peewee.IntegerField()  # within the revision
+    type = peewee.TextField()  # of the resource: "instance"
+    resource_id = peewee.TextField()
+    project_id = peewee.TextField()
+    change = peewee.TextField()  # ADDED, MODIFIED, DELETED
+    time = peewee.BigIntegerField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey("revision", "number")
+        indexes = ((("type", "revision"), False),)
+
+
+class Request(peewee.Model):
+    """A mutation that was accepted, so that its repeat finds it."""
+
+    project_id = peewee.TextField()
+    principal_id = peewee.TextField()
+    method = peewee.TextField()
+    request_id = peewee.TextField()
+    hash = peewee.TextField()
+    operation_id = peewee.TextField()  # or, of an ISSUE, what it made
+    time = peewee.BigIntegerField(index=True)
+
+    class Meta:
+        primary_key = peewee.CompositeKey("project_id", "principal_id", "method", "request_id")
+
+
+class Operation(peewee.Model):
+    """A receipt; while it runs also the workflow's durable state and lease."""
+
+    id = peewee.TextField(primary_key=True)
+    project_id = peewee.TextField(index=True)
+    method = peewee.TextField()
+    resource_type = peewee.TextField(default="")
+    resource_id = peewee.TextField(default="", index=True)
+    resource_name = peewee.TextField(default="")
+    principal_id = peewee.TextField()
+    request_id = peewee.TextField()
+    state = peewee.TextField()  # names of mcloud.common.v1.Operation.State
+    cancel_requested = peewee.BooleanField(default=False)
+    error = peewee.BlobField(null=True)  # google.rpc.Status
+    request = peewee.BlobField(null=True)  # google.protobuf.Any, secrets masked
+    response = peewee.BlobField(null=True)  # google.protobuf.Any
+    workflow = peewee.TextField(default="")  # registered name; empty: it was quick
+    job = peewee.TextField(default="{}")  # JSON: the ids that were made before the first effect
+    position = peewee.IntegerField(default=0)  # steps that are done (undone ones are subtracted)
+    attempt = peewee.IntegerField(default=1)
+    trace_id = peewee.TextField(default="")
+    create_time = peewee.BigIntegerField()
+    end_time = peewee.BigIntegerField(null=True)
+    deadline = peewee.BigIntegerField(null=True)
+    not_before = peewee.BigIntegerField(default=0)  # of the next try
+    lease_owner = peewee.TextField(default="")
+    lease_number = peewee.BigIntegerField(default=0)
+    lease_expire_time = peewee.BigIntegerField(default=0)
+
+    class Meta:
+        indexes = ((("state", "lease_expire_time"), False),)
+
+
+class OperationStep(peewee.Model):
+    """A row of an operation's trace."""
+
+    operation_id = peewee.TextField()
+    number = peewee.IntegerField()
+    attempt = peewee.IntegerField()
+    name = peewee.TextField()
+    service = peewee.TextField()
+    host = peewee.TextField(default="")
+    state = peewee.TextField()  # names of mcloud.common.v1.OperationStep.State
+    start_time = peewee.BigIntegerField()
+    end_time = peewee.BigIntegerField(null=True)
+    detail = peewee.TextField(default="")
+
+    class Meta:
+        primary_key = peewee.CompositeKey("operation_id", "number", "attempt")
+
+
+class Effect(peewee.Model):
+    """What has been seen of the workflows of other databases, for each id that they work with.
+
+    The highest lease number, and whether the id is retired (effects.py).
+    """
+
+    id = peewee.TextField(primary_key=True)
+    lease_number = peewee.BigIntegerField()
+    retired = peewee.BooleanField(default=False)
+    time = peewee.BigIntegerField()
+
+
+class HostSession(peewee.Model):
+    """Which stream of a host is the current one. Taking it increments the number."""
+
+    host_id = peewee.TextField(primary_key=True)
+    number = peewee.BigIntegerField()
+    process = peewee.TextField()
+    incarnation = peewee.BigIntegerField(default=0)
+    underlay_ip = peewee.TextField(default="")
+    certificate_subject = peewee.TextField(default="")
+    agent_version = peewee.TextField(default="")
+    lease_expire_time = peewee.BigIntegerField()
+    storage = peewee.BooleanField(default=False)
+
+
+class JsonField(peewee.TextField):
+    """A small JSON document."""
+
+    def db_value(self, value: Any) -> Any:
+        """Return the text."""
+        return None if value is None else json.dumps(value, sort_keys=True)
+
+    def python_value(self, value: Any) -> Any:
+        """Return the document."""
+        return None if value is None else json.loads(value)
+
+
+class Resource(peewee.Model):
+    """The columns behind ResourceMetadata, and the spec as the user gave it.
+
+    What is searched, joined or counted has a column of its own in the subclass; `spec` keeps the
+    message whole, so that a field that is only handed through needs no column.
+    """
+
+    id = peewee.TextField(primary_key=True)
+    name = peewee.TextField(default="")
+    project_id = peewee.TextField(default="", index=True)
+    labels = JsonField(default=dict)
+    version = peewee.BigIntegerField(default=1)
+    generation = peewee.BigIntegerField(default=1)
+    create_time = peewee.BigIntegerField()
+    update_time = peewee.BigIntegerField()
+    delete_time = peewee.BigIntegerField(null=True)
+    spec = peewee.BlobField(default=b"")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The shared tables of one database."""
+
+    deployment: type[Deployment]
+    change: type[Change]
+    request: type[Request]
+    operation: type[Operation]
+    operation_step: type[OperationStep]
+    effect: type[Effect]
+    host_session: type[HostSession]
+
+    def models(self) -> list[type[peewee.Model]]:
+        """Return all of them, for creation."""
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+    def epoch(self) -> str:
+        """Return the database's epoch. Within a unit."""
+        return str(self.deployment.get_by_id(1).epoch)
+
+    def revision(self) -> int:
+        """Return the revision up to which everything is committed. Within a unit."""
+        return int(self.deployment.get_by_id(1).revision)
+
+    def log_changes(self, unit: database.Unit) -> None:
+        """Write what a unit changed under the next revision; the last writes of its transaction."""
+        if not unit.changes:
+            return
+        table = self.deployment
+        table.update(revision=table.revision + 1).where(table.id == 1).execute()
+        revision = self.revision()
+        moment = database.now()
+        rows = [
+            (revision, number, type_, resource_id, project_id, change, moment)
+            for number, (type_, resource_id, project_id, change) in enumerate(
+                dict.fromkeys(unit.changes)
+            )
+        ]
+        self.change.insert_many(
+            rows,
+            fields=[
+                self.change.revision,
+                self.change.number,
+                self.change.type,
+                self.change.resource_id,
+                self.change.project_id,
+                self.change.change,
+                self.change.time,
+            ],
+        ).execute()
+
+
+def bind(proxy: peewee.DatabaseProxy) -> Tables:
+    """Make the shared tables for one database."""
+
+    def bound(base: type[peewee.Model], name: str) -> Any:
+        meta = type("Meta", (), {"database": proxy, "table_name": name})
+        return type(base.__name__, (base,), {"Meta": meta, "__module__": base.__module__})
+
+    return Tables(
+        deployment=bound(Deployment, "deployment"),
+        change=bound(Change, "change"),
+        request=bound(Request, "request"),
+        operation=bound(Operation, "operation"),
+        operation_step=bound(OperationStep, "operation_step"),
+        effect=bound(Effect, "effect"),
+        host_session=bound(HostSession, "host_session"),
+    )
+
+
+def changed(type_: str, resource_id: str, project_id: str, change: str = "MODIFIED") -> None:
+    """Log a change of a resource with the running unit's revision."""
+    database.unit().changes.append((type_, resource_id, project_id, change))
+
+
+def new_epoch() -> str:
+    """Make an epoch."""
+    return secrets.token_hex(8)

@@ -1,0 +1,198 @@
+"""Checks tokens inside each service (steps 3, 11, 13, 15), without asking identity.
+
+A token is good if its signature is, it has not expired, and none of the epochs in it is older than
+what identity's feed of revocations says. The feed sends a bookmark every second; once it has been
+silent for two, tokens are checked by rpc, and where identity cannot be reached at all, unexpired
+ones may still read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jwt
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from mcloud.common.v1 import options_pb2
+from mcloud.identity.v1 import token_pb2, token_service_pb2
+from mcloud_base import errors, rpc
+from mcloud_controlplane.core import auth
+
+log = structlog.get_logger()
+
+Rule = options_pb2.Rule
+
+ISSUER = "mcloud"
+_FEED_SILENT_S = 2.0
+_CACHE_SIZE = 10_000
+
+
+class Identity(Protocol):
+    """What a checker needs of identity's TokenService stub."""
+
+    ListSigningKeys: Callable[..., Awaitable[token_service_pb2.ListSigningKeysResponse]]
+    WatchRevocations: Callable[..., AsyncIterator[token_service_pb2.WatchRevocationsResponse]]
+    CheckToken: Callable[..., Awaitable[token_pb2.TokenClaims]]
+
+
+@dataclass(frozen=True)
+class _Verified:
+    claims: dict[str, Any]
+    expire_time: float
+
+
+class TokenChecker:
+    """Keeps identity's keys and revocations at hand. Run `follow` for as long as it is used."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._keys: dict[str, Ed25519PublicKey] = {}
+        self._revoked: dict[str, int] = {}
+        self._heard = 0.0  # monotonic time of the feed's last message
+        self._cache: OrderedDict[str, _Verified] = OrderedDict()
+
+    async def follow(self) -> None:
+        """Follow the feed of revocations, for ever."""
+        revision, pause = "", 0.1
+        while True:
+            try:
+                await self._load_keys()
+                request = token_service_pb2.WatchRevocationsRequest(from_revision=revision)
+                async for message in rpc.received(self._identity.WatchRevocations(request)):
+                    for revocation in message.revocations:
+                        self._revoked[revocation.principal_id] = revocation.epoch
+                    revision, pause = message.revision, 0.1
+                    self._heard = time.monotonic()
+            except errors.OutOfRange:
+                revision = ""
+            except errors.Error as error:
+                log.debug("feed of revocations broke", reason=error.reason)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    async def check(self, token: str, *, mutates: bool) -> dict[str, Any]:
+        """Return the token's claims.
+
+        Raises:
+            errors.Unauthenticated: TOKEN_INVALID, TOKEN_EXPIRED, TOKEN_REVOKED.
+            errors.Unavailable: IDENTITY_UNAVAILABLE, for a call that changes something.
+        """
+        verified = self._cache.get(token)
+        if verified is None:
+            verified = await self._verify(token)
+            self._cache[token] = verified
+            if len(self._cache) > _CACHE_SIZE:
+                self._cache.popitem(last=False)
+        if verified.expire_time <= time.time():
+            self._cache.pop(token, None)
+            raise _expired()
+        for principal, epoch in verified.claims["epo"].items():
+            if self._revoked.get(principal, 0) > epoch:
+                raise _revoked()
+        if time.monotonic() - self._heard > _FEED_SILENT_S:
+            await self._check_by_rpc(token, mutates)
+        return verified.claims
+
+    async def _verify(self, token: str) -> _Verified:
+        try:
+            key_id = str(jwt.get_unverified_header(token).get("kid", ""))
+            if key_id not in self._keys:
+                await self._load_keys()
+            if key_id not in self._keys:
+                raise _invalid()
+            claims = jwt.decode(
+                token,
+                self._keys[key_id],
+                algorithms=["EdDSA"],
+                issuer=ISSUER,
+                options={"require": ["exp", "iat", "iss", "sub", "jti"]},
+            )
+        except jwt.ExpiredSignatureError as error:
+            raise _expired() from error
+        except jwt.InvalidTokenError as error:
+            raise _invalid() from error
+        return _Verified(claims, float(claims["exp"]))
+
+    async def _load_keys(self) -> None:
+        answer = await rpc.call(
+            self._identity.ListSigningKeys, token_service_pb2.ListSigningKeysRequest(), timeout_s=3
+        )
+        self._keys = {
+            key.id: Ed25519PublicKey.from_public_bytes(key.public_key) for key in answer.keys
+        }
+
+    async def _check_by_rpc(self, token: str, mutates: bool) -> None:
+        try:
+            await rpc.call(
+                self._identity.CheckToken,
+                token_service_pb2.CheckTokenRequest(token=token),
+                timeout_s=2,
+            )
+        except (errors.Unavailable, errors.DeadlineExceeded) as error:
+            if mutates:
+                raise errors.Unavailable(
+                    "IDENTITY_UNAVAILABLE",
+                    "identity cannot be reached, so nothing can be changed now; try again soon",
+                    details=(errors.retry_after(2),),
+                ) from error
+
+
+def caller_from_claims(claims: dict[str, Any]) -> auth.Caller:
+    """Return the user that a token stands for."""
+    return auth.Caller(
+        kind=Rule.CALLER_USER,
+        principal_id=claims["sub"],
+        user_id=claims["uid"],
+        user_name=claims["unm"],
+        project_id=claims["prj"],
+        role=claims["rol"],
+        system=claims["sys"],
+        login=(claims["lgs"], claims["lge"]),
+        login_host=claims.get("lgh", ""),
+    )
+
+
+def delegate_from_claims(claims: dict[str, Any], certificate: auth.Certificate) -> auth.Caller:
+    """Return the host's delegate that a token stands for, if the certificate is the token's.
+
+    Source of the binding: RFC 8705, section 3.1 ("x5t#S256"; hexadecimal here).
+
+    Raises:
+        errors.Unauthenticated: TOKEN_INVALID, it is another host's.
+    """
+    if claims["cnf"]["x5t#S256"] != certificate.fingerprint or claims["sub"] != certificate.host_id:
+        raise _invalid()
+    return auth.Caller(
+        kind=Rule.CALLER_DELEGATE,
+        principal_id=claims["sub"],
+        project_id=claims["prj"],
+        certificate=certificate,
+        delegation=auth.Delegation(
+            host_id=claims["sub"],
+            domain_id=claims["dom"],
+            generation=claims["gen"],
+            image_ids=frozenset(claims["img"]),
+            port_ids=frozenset(claims["prt"]),
+            attachment_ids=frozenset(claims["att"]),
+        ),
+    )
+
+
+def _invalid() -> errors.Unauthenticated:
+    return errors.Unauthenticated(
+        "TOKEN_INVALID", "the token is not one of this cloud's; log in again"
+    )
+
+
+def _expired() -> errors.Unauthenticated:
+    return errors.Unauthenticated("TOKEN_EXPIRED", "the token has expired; log in again")
+
+
+def _revoked() -> errors.Unauthenticated:
+    return errors.Unauthenticated("TOKEN_REVOKED", "the token has been revoked; log in again")

@@ -1,0 +1,500 @@
+"""Durable workflows: an ordered list of steps, each with do and undo, saved after each step.
+
+A running operation is held by a lease (owner, number, expiry). Whoever takes it over increments
+the number by compare-and-set, and every save repeats "where the number is mine": a runner that
+was overtaken can save nothing, and its effects elsewhere are refused by the number (effects.py).
+
+A `do` may run again, after a crash or a retry, and an `undo` may run for a `do` that never did or
+only half did; so both ensure a state and are keyed by ids that stood in the job before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import structlog
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+
+from mcloud.common.v1 import operation_pb2
+from mcloud_base import errors
+from mcloud_controlplane.core import contract, database, tables, tracing
+
+log = structlog.get_logger()
+
+LEASE_S = 15
+_RENEW_S = 4
+_POLL_S = 2.0
+_RUNNING = ("RUNNING", "UNDOING")
+
+
+@dataclass
+class Job:
+    """One run of a workflow: what its steps know. All of it can be read back from the database.
+
+    `data` was made with the operation (every id that steps need); what a step adds to it is saved
+    with the step.
+    """
+
+    operation_id: str
+    resource_id: str
+    project_id: str
+    lease_number: int
+    attempt: int
+    deadline: int | None
+    data: dict[str, Any]
+    error: errors.Error | None = None
+    trace: list[operation_pb2.OperationStep] = field(default_factory=list)
+    response: Message | None = None
+    detail: str = ""
+    skipped: str = ""
+
+    def skip(self, reason: str) -> None:
+        """Show the running step as not needed."""
+        self.skipped = reason
+
+
+Act = Callable[[Job], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row of a workflow. `number` is that of the trace; 0: no row of its own."""
+
+    number: int
+    name: str
+    service: str
+    do: Act
+    undo: Act | None = None
+    deadline_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """Steps, and what the end means for the resource (written in the operation's transaction).
+
+    `on_undo` runs, as a unit, when undoing begins; `on_done` and `on_failed` at the end.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    on_done: Callable[[Job], None]
+    on_failed: Callable[[Job], None]
+
+
+# Called around each step with (workflow, step index, "do" or "undo", "before" or "after"); tests
+# make it fail, or end the process.
+Probe = Callable[[str, int, str, str], Awaitable[None]]
+
+
+async def _no_probe(workflow: str, index: int, act: str, moment: str) -> None:
+    return
+
+
+class _LeaseLostError(Exception):
+    """Another runner holds the operation now."""
+
+
+class Runner:
+    """Runs the operations of one database that have a workflow.
+
+    Args:
+        workflows: by name; every workflow of the database.
+        concurrency: operations at a time; the others wait in the database.
+    """
+
+    def __init__(
+        self,
+        store: database.Database,
+        shared: tables.Tables,
+        workflows: Mapping[str, Workflow],
+        *,
+        concurrency: int = 200,
+        probe: Probe = _no_probe,
+        host_name: str = "",
+    ) -> None:
+        self._database = store
+        self._tables = shared
+        self.workflows = workflows
+        self._concurrency = concurrency
+        self._probe = probe
+        self._host_name = host_name
+        self._owner = secrets.token_hex(6)
+        self._held: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: dict[str, asyncio.Event] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Look for work now; may be called from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._woken.set)
+
+    async def run(self) -> None:
+        """Take and run operations until cancelled; then leave them to others."""
+        self._loop = asyncio.get_running_loop()
+        renewing = asyncio.create_task(self._renew())
+        try:
+            while True:
+                self._woken.clear()
+                await self._take_all()
+                try:
+                    async with asyncio.timeout(_POLL_S):
+                        await self._woken.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            renewing.cancel()
+            for task in self._held.values():
+                task.cancel()
+
+    async def _take_all(self) -> None:
+        room = self._concurrency - len(self._held)
+        if room <= 0:
+            return
+        try:
+            taken, cancelled = await self._database.write(self._take, room)
+        except errors.Error as error:
+            log.warning("workflow runner could not take work", reason=error.reason)
+            return
+        for id_ in cancelled:
+            self._cancelled.setdefault(id_, asyncio.Event()).set()
+        for row in taken:
+            task = asyncio.create_task(self._hold(row))
+            self._held[row.id] = task
+            task.add_done_callback(partial(self._left, row.id))
+
+    def _left(self, id_: str, _: asyncio.Task[None]) -> None:
+        self._held.pop(id_, None)
+        self._cancelled.pop(id_, None)
+        self._woken.set()
+
+    def _take(self, room: int) -> tuple[list[Any], list[str]]:
+        table = self._tables.operation
+        moment = database.now()
+        free = (
+            table.select(table.id, table.lease_number)
+            .where(
+                table.state.in_(_RUNNING)
+                & (table.workflow.in_(list(self.workflows)))
+                & (table.lease_expire_time < moment)
+                & (table.not_before <= moment)
+            )
+            .order_by(table.create_time)
+            .limit(room)
+        )
+        taken = []
+        for row in list(free):
+            won = (
+                table.update(
+                    lease_owner=self._owner,
+                    lease_number=row.lease_number + 1,
+                    lease_expire_time=moment + LEASE_S * 1_000_000,
+                )
+                .where((table.id == row.id) & (table.lease_number == row.lease_number))
+                .execute()
+            )
+            if won:
+                taken.append(table.get_by_id(row.id))
+        held = list(self._held)
+        cancelled = (
+            [
+                row.id
+                for row in table.select(table.id).where(
+                    table.id.in_(held) & table.cancel_requested & (table.state == "RUNNING")
+                )
+            ]
+            if held
+            else []
+        )
+        return taken, cancelled
+
+    async def _renew(self) -> None:
+        """Keep every lease that is held, in one statement."""
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            held = list(self._held)
+            if not held:
+                continue
+            try:
+                lost = await self._database.write(self._renew_now, held)
+            except errors.Error as error:
+                log.warning("leases could not be renewed", reason=error.reason)
+                continue
+            for id_ in lost:
+                if task := self._held.get(id_):
+                    task.cancel()
+
+    def _renew_now(self, held: list[str]) -> list[str]:
+        table = self._tables.operation
+        mine = table.id.in_(held) & (table.lease_owner == self._owner)
+        table.update(lease_expire_time=database.now() + LEASE_S * 1_000_000).where(mine).execute()
+        kept = {row.id for row in table.select(table.id).where(mine)}
+        return [id_ for id_ in held if id_ not in kept]
+
+    # -- one operation ---------------------------------------------------------------------------
+
+    async def _hold(self, row: Any) -> None:
+        workflow = self.workflows[row.workflow]
+        job = Job(
+            operation_id=row.id,
+            resource_id=row.resource_id,
+            project_id=row.project_id,
+            lease_number=row.lease_number,
+            attempt=row.attempt,
+            deadline=row.deadline,
+            data=json.loads(row.job),
+        )
+        if row.error:
+            job.error = errors.from_status(status_pb2.Status.FromString(bytes(row.error)))
+        structlog.contextvars.bind_contextvars(op=row.id, resource=row.resource_id)
+        try:
+            position = row.position
+            if row.state == "RUNNING":
+                position = await self._do_all(workflow, job, position, row.cancel_requested)
+            if job.error is not None:
+                await self._undo_all(workflow, job, position)
+        except _LeaseLostError:
+            log.info("operation taken over by another runner")
+        except errors.Unavailable as error:
+            log.warning("operation waits for its database", reason=error.reason)
+        except Exception:
+            # A fault of ours must not end the runner: the lease runs out, the step is tried again.
+            log.exception("operation's runner failed")
+
+    async def _do_all(self, workflow: Workflow, job: Job, position: int, cancelled: bool) -> int:
+        for index in range(position, len(workflow.steps)):
+            step = workflow.steps[index]
+            event = self._cancelled.setdefault(job.operation_id, asyncio.Event())
+            if cancelled or event.is_set():
+                job.error = _cancelled_error()
+                await self._database.write(self._begin_undo, job, index)
+                return index
+            start = database.now()
+            await self._database.write(self._begin_step, job, step, start)
+            try:
+                await self._probe(workflow.name, index, "do", "before")
+                await self._attempt(step, job, event)
+                await self._probe(workflow.name, index, "do", "after")
+            except errors.Error as error:
+                job.error = error
+                await self._database.write(self._fail_step, job, step, index, error)
+                return index
+            last = index == len(workflow.steps) - 1
+            await self._database.write(self._end_step, workflow, job, step, index, last)
+        return len(workflow.steps)
+
+    async def _attempt(self, step: Step, job: Job, cancelled: asyncio.Event) -> None:
+        """Do a step; on UNAVAILABLE and ABORTED again, until the step's or the job's deadline."""
+        limit = step.deadline_s
+        if job.deadline is not None:
+            limit = min(limit, max((job.deadline - database.now()) / 1e6, 0.1))
+        end = asyncio.get_running_loop().time() + limit
+        pause = 0.1
+        while True:
+            try:
+                await _until_cancelled(step.do(job), cancelled, end)
+                return
+            except (errors.Unavailable, errors.Conflict, errors.DeadlineExceeded) as error:
+                if error.reason == "STALE_LEASE":
+                    raise _LeaseLostError from error
+                if asyncio.get_running_loop().time() + pause > end:
+                    raise
+                log.info("step is tried again", step=step.number, reason=error.reason)
+            except TimeoutError as error:
+                raise errors.DeadlineExceeded(
+                    "STEP_OVERDUE",
+                    f'"{step.name}" did not end within {limit:.0f} s',
+                    step=step.number,
+                ) from error
+            except errors.Error:
+                raise
+            except Exception as error:
+                log.exception("step failed unexpectedly", step=step.number)
+                raise errors.Internal(
+                    "INTERNAL",
+                    f'"{step.name}" failed unexpectedly; tell the operator {job.operation_id}',
+                ) from error
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
+            pause = min(pause * 2, 5.0)
+
+    async def _undo_all(self, workflow: Workflow, job: Job, position: int) -> None:
+        """Undo the step that failed and those that are done, last first; without bound."""
+        for index in range(min(position, len(workflow.steps) - 1), -1, -1):
+            step = workflow.steps[index]
+            if step.undo is not None:
+                await self._undo(workflow, job, step, index)
+            await self._database.write(self._end_undo, workflow, job, step, index)
+
+    async def _undo(self, workflow: Workflow, job: Job, step: Step, index: int) -> None:
+        assert step.undo is not None
+        pause = 0.1
+        while True:
+            await self._database.write(self._begin_undo_step, job, step)
+            try:
+                await self._probe(workflow.name, index, "undo", "before")
+                await step.undo(job)
+                await self._probe(workflow.name, index, "undo", "after")
+                return
+            except errors.Error as error:
+                if error.reason == "STALE_LEASE":
+                    raise _LeaseLostError from error
+                job.detail = f"undo is tried again: {error}"
+                log.warning("undo is tried again", step=step.number, reason=error.reason)
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
+            pause = min(pause * 2, 10.0)
+
+    # -- saves; each within one unit ---------------------------------------------------------------
+
+    def _save(self, job: Job, **values: Any) -> None:
+        table = self._tables.operation
+        saved = (
+            table.update(job=json.dumps(job.data, sort_keys=True), **values)
+            .where((table.id == job.operation_id) & (table.lease_number == job.lease_number))
+            .execute()
+        )
+        if not saved:
+            raise _LeaseLostError
+        tables.changed("operation", job.operation_id, job.project_id)
+
+    def _row(self, job: Job, step: Step, **values: Any) -> None:
+        if step.number == 0:
+            return
+        table = self._tables.operation_step
+        fixed = {"name": step.name, "service": step.service, "host": self._host_name}
+        start = values.pop("start_time", None) or database.now()
+        table.insert(
+            operation_id=job.operation_id,
+            number=step.number,
+            attempt=job.attempt,
+            start_time=start,
+            **fixed,
+            **values,
+        ).on_conflict(
+            conflict_target=[table.operation_id, table.number, table.attempt],
+            update=values,
+        ).execute()
+
+    def _begin_step(self, job: Job, step: Step, start: int) -> None:
+        job.detail = job.skipped = ""
+        self._save(job)
+        self._row(job, step, state="RUNNING", start_time=start, end_time=None)
+
+    def _end_step(self, workflow: Workflow, job: Job, step: Step, index: int, last: bool) -> None:
+        self._save(job, position=index + 1)
+        self._row(
+            job,
+            step,
+            state="SKIPPED" if job.skipped else "DONE",
+            end_time=database.now(),
+            detail=job.skipped or job.detail,
+        )
+        save_trace(self._tables, job.operation_id, job.attempt, job.trace)
+        job.trace.clear()
+        if last:
+            workflow.on_done(job)
+            response = None
+            if job.response is not None:
+                response = any_pb2.Any()
+                response.Pack(job.response)
+            self._save(
+                job,
+                state="SUCCEEDED",
+                end_time=database.now(),
+                response=response.SerializeToString() if response else None,
+            )
+            self._export(job.operation_id)
+
+    def _fail_step(self, job: Job, step: Step, index: int, error: errors.Error) -> None:
+        self._row(job, step, state="FAILED", end_time=database.now(), detail=str(error))
+        save_trace(self._tables, job.operation_id, job.attempt, job.trace)
+        job.trace.clear()
+        self._begin_undo(job, index)
+
+    def _begin_undo(self, job: Job, index: int) -> None:
+        assert job.error is not None
+        self._save(
+            job,
+            state="UNDOING",
+            position=index,
+            error=errors.to_status(job.error).SerializeToString(),
+        )
+
+    def _begin_undo_step(self, job: Job, step: Step) -> None:
+        self._save(job)
+        if job.detail:
+            self._row(job, step, state="UNDOING", detail=job.detail)
+
+    def _end_undo(self, workflow: Workflow, job: Job, step: Step, index: int) -> None:
+        job.detail = ""
+        self._save(job, position=max(index - 1, 0))
+        table = self._tables.operation_step
+        if step.number and step.undo is not None:
+            table.update(state="UNDONE", end_time=database.now()).where(
+                (table.operation_id == job.operation_id)
+                & (table.number == step.number)
+                & (table.attempt == job.attempt)
+                & (table.state.in_(("DONE", "UNDOING", "RUNNING")))
+            ).execute()
+        if index == 0:
+            workflow.on_failed(job)
+            cancelled = isinstance(job.error, errors.Cancelled)
+            self._save(job, state="CANCELLED" if cancelled else "FAILED", end_time=database.now())
+            self._export(job.operation_id)
+
+    def _export(self, operation_id: str) -> None:
+        row = self._tables.operation.get_by_id(operation_id)
+        table = self._tables.operation_step
+        steps = list(table.select().where(table.operation_id == operation_id))
+        database.unit().after_commit.append(lambda: tracing.export(row, steps))
+
+
+def save_trace(
+    shared: tables.Tables, operation_id: str, attempt: int, steps: list[operation_pb2.OperationStep]
+) -> None:
+    """Write the rows that other services timed. Within a unit."""
+    table = shared.operation_step
+    for step in steps:
+        values = {
+            "name": step.name,
+            "service": step.service,
+            "host": step.host,
+            "state": contract.enum_name(step.state, operation_pb2.OperationStep.State),
+            "start_time": step.start_time.ToMicroseconds(),
+            "end_time": step.end_time.ToMicroseconds() if step.HasField("end_time") else None,
+            "detail": step.detail,
+        }
+        table.insert(
+            operation_id=operation_id, number=step.number, attempt=attempt, **values
+        ).on_conflict(
+            conflict_target=[table.operation_id, table.number, table.attempt], update=values
+        ).execute()
+
+
+async def _until_cancelled(work: Awaitable[None], cancelled: asyncio.Event, end: float) -> None:
+    """Await work until the end of its time, or until the operation is cancelled."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(cancelled.wait())
+    try:
+        async with asyncio.timeout_at(end):
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _cancelled_error()
+        await task
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+def _cancelled_error() -> errors.Cancelled:
+    return errors.Cancelled("OPERATION_CANCELLED", "the operation was cancelled")

@@ -1,0 +1,1 @@
+"""The scheduler: filters and weighs hosts, and claims one."""

@@ -1,0 +1,71 @@
+"""The daemon's settings: one TOML file, every key with a default. Times in seconds."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mcloud_base import errors
+
+SERVICES = ("identity", "compute", "scheduler", "conductor", "image", "network", "volume")
+
+
+class Settings(BaseModel):
+    """controlplane.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state_dir: Path = Path("/var/lib/mcloud/controlplane")  # authority, SQLite files, image store
+    services: tuple[Literal[SERVICES], ...] = SERVICES  # type: ignore[valid-type]
+    public_listen: str = "127.0.0.1:7700"  # server TLS, bearer tokens
+    internal_listen: str = "127.0.0.1:7701"  # client certificates: hosts and services
+    # Under which names and addresses clients and hosts reach this process; in its certificate.
+    names: tuple[str, ...] = ("127.0.0.1",)
+    # What enrolled hosts are told to connect to; empty: internal_listen.
+    internal_advertise: str = ""
+    # Where services that run elsewhere are, as host:port by service; others are here.
+    internal_endpoints: dict[str, str] = Field(default_factory=dict)
+    public_endpoints: dict[str, str] = Field(default_factory=dict)
+    # "sqlite" keeps files in state_dir; otherwise "postgresql://user@host:port/mcloud_{name}".
+    database: str = "sqlite"
+    image_store: Path | None = None  # None: state_dir/images
+    token_ttl_s: int = Field(3600, ge=60, le=3600)
+    operation_deadline_s: int = Field(600, ge=10)
+    cpu_allocation_ratio: float = Field(4.0, gt=0)
+    memory_allocation_ratio: float = Field(1.0, gt=0)
+    disk_allocation_ratio: float = Field(1.0, gt=0)
+    underlay_mtu: int = Field(1500, ge=1280, le=65535)  # between hosts; guests get 50 bytes less
+    otlp_endpoint: str = ""  # host:4317; spans of operations go there
+    log_format: Literal["console", "json"] = "console"
+
+    def database_url(self, name: str) -> str:
+        """Return the URL of a service's database."""
+        if self.database == "sqlite":
+            return f"sqlite://{(self.state_dir / name).absolute()}.db"
+        return self.database.replace("{name}", name)
+
+    def internal_endpoint(self, service: str) -> str:
+        """Return where a service's internal port is."""
+        return self.internal_endpoints.get(service, self.internal_listen)
+
+
+def load(path: Path | None) -> Settings:
+    """Read a settings file; the defaults where there is none.
+
+    Raises:
+        errors.InvalidArgument: BAD_SETTINGS, naming the key.
+    """
+    if path is None:
+        return Settings.model_validate({})
+    try:
+        return Settings.model_validate(tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise errors.InvalidArgument("BAD_SETTINGS", f"{path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise errors.InvalidArgument("BAD_SETTINGS", f"{path}: {key}: {what}") from error
