@@ -12,21 +12,24 @@ import structlog
 
 from mcloud_base import errors, logs
 from mcloud_controlplane import settings as settings_module
-from mcloud_controlplane.core import tracing
+from mcloud_controlplane.core import tracing, workflow
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.settings import SERVICES, Settings
 
 log = structlog.get_logger()
 
 
-async def serve(settings: Settings) -> Runtime:
+async def serve(settings: Settings, *, probe: workflow.Probe = workflow.no_probe) -> Runtime:
     """Start the services of the settings; they run until the runtime is stopped.
+
+    Args:
+        probe: called around each step of each workflow; for tests of failure.
 
     Raises:
         errors.Unavailable: PORT_IN_USE.
         errors.WrongState: SCHEMA_UNKNOWN.
     """
-    runtime = Runtime(settings)
+    runtime = Runtime(settings, probe=probe)
     for name in settings.services:
         service = importlib.import_module(f"mcloud_controlplane.{name}.service")
         service.register(runtime)

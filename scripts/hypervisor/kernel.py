@@ -25,6 +25,7 @@ CLONE_NEWNET = 0x40000000
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWPID | CLONE_NEWNET
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC
 MS_BIND, MS_REC, MS_SLAVE = 4096, 16384, 1 << 19
 MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
@@ -51,7 +52,7 @@ def setns(pidfd: int, namespaces: int) -> None:
 
 
 def mount(source: str, target: str | Path, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """Do mount(2)."""
+    """Mount a file system, or change the mount at `target`."""
     _call(
         "mount",
         source.encode(),
@@ -159,6 +160,14 @@ class Process:
             return False
         os.close(pidfd)
         return True
+
+    def runs(self, title: str) -> bool:
+        """Tell whether the process is the init of that title, done with its preparations."""
+        try:
+            command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return self.alive() and command.startswith(title.encode() + b"\0")
 
     def kill(self, deadline_s: float = 30) -> None:
         """End the process; return when it is gone.
@@ -304,24 +313,35 @@ def start_inside(init: Process, command: Sequence[str], log: Path | None = None)
 
 
 def ip(batch: str, init: Process | None = None) -> None:
-    """Give lines of ip(8) commands to iproute2, in the network namespace of `init`."""
+    """Have iproute2 do some lines of commands, in the network namespace of `init`."""
     run(["ip", "-batch", "-"], init, input=batch)
 
 
-def run(command: Sequence[str], init: Process | None = None, input: str = "") -> str:  # noqa: A002
+def run(
+    command: Sequence[str],
+    init: Process | None = None,
+    input: str = "",  # noqa: A002
+    timeout_s: float = 60,
+) -> str:
     """Run one of the machine's programs and return its output.
 
     Args:
         command: what to run.
-        init: whose network namespace to run it in, if not the machine's own.
+        init: whose network namespace to run it in, if not this one.
         input: what it reads.
+        timeout_s: it is ended then.
 
     Raises:
-        LabError: it failed; with what it said.
+        LabError: it failed, with what it said, or took too long.
     """
     if init:
         command = ["nsenter", f"--net=/proc/{init.pid}/ns/net", "--", *command]
-    result = subprocess.run(command, input=input, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(
+            command, input=input, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LabError(f"`{' '.join(command)}` took more than {timeout_s:.0f} s") from error
     if result.returncode:
         raise LabError(f"`{' '.join(command)}` failed: {result.stderr.strip()}")
     return result.stdout
@@ -351,7 +371,7 @@ def _become(pidfd: int, command: Sequence[str]) -> NoReturn:
     with suppress(OSError):
         os.chdir(here)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python ignores, and exec would pass on
-    os.execvp(command[0], command)
+    os.execvp(command[0], list(command))
 
 
 def _redirect(stdin: int, output: int | None = None) -> None:

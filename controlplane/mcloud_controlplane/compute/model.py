@@ -74,6 +74,7 @@ class Instance(Resource):
     power_reason = peewee.TextField(default="")
     operation_id = peewee.TextField(default="")  # the one that works on it; exclusive
     fault = JsonField(null=True)  # {"reason", "message", "time"}
+    reserved = peewee.BooleanField(default=False)  # ports, attachments, image may be held for it
     launch_time = peewee.BigIntegerField(null=True)
 
     class Meta:

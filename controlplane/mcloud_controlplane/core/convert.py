@@ -9,7 +9,7 @@ from google.protobuf import field_mask_pb2, timestamp_pb2
 from google.protobuf.message import Message
 
 from mcloud.common.v1 import metadata_pb2
-from mcloud_base import errors
+from mcloud_base import errors, ids
 from mcloud_controlplane.core import database, tables
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -42,6 +42,20 @@ def metadata(row: tables.Resource) -> metadata_pb2.ResourceMetadata:
     if row.delete_time is not None:
         message.delete_time.CopyFrom(timestamp(row.delete_time))
     return message
+
+
+def new_row(prefix: str, request: Any, project_id: str) -> dict[str, Any]:
+    """Return a Resource's columns as a Create request (name, labels, spec) fills them."""
+    moment = database.now()
+    return {
+        "id": ids.new(prefix),
+        "name": request.name,
+        "project_id": project_id,
+        "labels": dict(request.labels),
+        "create_time": moment,
+        "update_time": moment,
+        "spec": request.spec.SerializeToString(),
+    }
 
 
 def require_version(row: tables.Resource, wanted: str) -> None:

@@ -19,7 +19,7 @@ from mcloud.identity.v1 import (
     token_service_pb2_grpc,
 )
 from mcloud_base import errors, rpc
-from mcloud_controlplane.core import database, gate, pki, tokens
+from mcloud_controlplane.core import database, gate, pki, tokens, workflow
 from mcloud_controlplane.settings import Settings
 
 log = structlog.get_logger()
@@ -39,8 +39,9 @@ _REVOKED_POLL_S = 10
 class Runtime:
     """What services are registered with. Use within a running event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, probe: workflow.Probe = workflow.no_probe) -> None:
         self.settings = settings
+        self.probe = probe  # of every runner of workflows
         self.authority = pki.Authority(settings.state_dir / "pki")
         self.identity = self.authority.issue_service(
             "+".join(settings.services)[:60], settings.names

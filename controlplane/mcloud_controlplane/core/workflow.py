@@ -95,8 +95,8 @@ class Workflow:
 Probe = Callable[[str, int, str, str], Awaitable[None]]
 
 
-async def _no_probe(workflow: str, index: int, act: str, moment: str) -> None:
-    return
+async def no_probe(workflow: str, index: int, act: str, moment: str) -> None:
+    """Do nothing."""
 
 
 class _LeaseLostError(Exception):
@@ -118,7 +118,7 @@ class Runner:
         workflows: Mapping[str, Workflow],
         *,
         concurrency: int = 200,
-        probe: Probe = _no_probe,
+        probe: Probe = no_probe,
         host_name: str = "",
     ) -> None:
         self._database = store
@@ -196,7 +196,9 @@ class Runner:
             won = (
                 table.update(
                     lease_owner=self._owner,
-                    lease_number=row.lease_number + 1,
+                    # Higher than any of the operations before on the same resource, whose effects
+                    # in other databases carried theirs; so it begins with the time.
+                    lease_number=max(row.lease_number + 1, moment),
                     lease_expire_time=moment + LEASE_S * 1_000_000,
                 )
                 .where((table.id == row.id) & (table.lease_number == row.lease_number))

@@ -1,0 +1,479 @@
+"""Instances in the database: what their owners want. The workflows are the conductor's."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from mcloud.compute.v1 import (
+    flavor_pb2,
+    instance_pb2,
+    instance_service_pb2,
+)
+from mcloud.scheduler.v1 import placement_pb2
+from mcloud_base import errors, ids
+from mcloud_controlplane.compute import flavor_store, key_pair_store, quota_store
+from mcloud_controlplane.compute.model import Domain, Host, Instance, Placement, shared
+from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
+from mcloud_controlplane.core.mutation import Mutation
+
+State = instance_pb2.InstanceStatus.State
+
+_DELETE_S = 420.0
+_CHANGE_S = 240.0
+_SILENT_STATES = ("ACTIVE", "SHUTOFF", "PAUSED", "REBOOT")
+_LAST_DEVICE = ord("z")
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
+    """Return instances' rows as messages, in two statements for any number of them."""
+    found = {row.host_id for row in rows if row.host_id}
+    hosts = {row.id: row.name for row in Host.select(Host.id, Host.name).where(Host.id.in_(found))}
+    sessions = shared.host_session
+    silent = {
+        row.host_id
+        for row in sessions.select(sessions.host_id).where(
+            sessions.host_id.in_(found) & (sessions.lease_expire_time < database.now())
+        )
+    }
+    return [_message(row, hosts.get(row.host_id, ""), row.host_id in silent) for row in rows]
+
+
+def get_message(id_: str) -> instance_pb2.Instance:
+    """Return an instance, also a deleted one."""
+    return messages([Instance.get_by_id(id_)])[0]
+
+
+def _message(row: Instance, host_name: str, silent: bool) -> instance_pb2.Instance:
+    state = "UNKNOWN" if silent and row.state in _SILENT_STATES else row.state
+    spec = instance_pb2.InstanceSpec.FromString(bytes(row.spec))
+    status = instance_pb2.InstanceStatus(
+        state=contract.enum_value(state, State),
+        host_id=row.host_id,
+        host_name=host_name,
+        domain_id=row.domain_id,
+        observed_generation=row.generation if row.launch_time else 0,
+        hostname=row.hostname,
+        addresses=[
+            instance_pb2.InstanceAddress(
+                network_id=nic["network_id"],
+                ip_address=address,
+                mac=nic.get("mac", ""),
+                port_id=nic["port_id"],
+            )
+            for nic in row.nics
+            for address in nic.get("addresses", [])
+        ],
+        volumes=[
+            instance_pb2.AttachedVolume(
+                volume_id=volume["volume_id"],
+                attachment_id=volume["attachment_id"],
+                device=volume["device"],
+            )
+            for volume in row.volumes
+        ],
+        flavor=flavor_pb2.FlavorSpec(
+            vcpu_count=row.vcpu_count, memory_mib=row.memory_mib, disk_gib=row.disk_gib
+        ),
+        flavor_name=row.flavor_name,
+        key_pair_name=row.key_pair_name,
+        operation_id=row.operation_id,
+        power_reason=row.power_reason,
+    )
+    if row.fault:
+        status.fault.reason = row.fault["reason"]
+        status.fault.message = row.fault["message"]
+        status.fault.time.CopyFrom(convert.timestamp(row.fault["time"]))
+    if row.launch_time is not None:
+        status.launch_time.CopyFrom(convert.timestamp(row.launch_time))
+    spec.ClearField("user_data")  # the guest's, and nobody's who may only look
+    return instance_pb2.Instance(metadata=convert.metadata(row), spec=spec, status=status)
+
+
+def get(caller: auth.Caller, id_: str, *, deleted: bool = False) -> Instance:
+    """Return an instance that the caller sees.
+
+    Raises:
+        errors.NotFound: INSTANCE_NOT_FOUND.
+    """
+    row = Instance.get_or_none(Instance.id == id_)
+    if row is None or not caller.sees(row.project_id) or (row.delete_time and not deleted):
+        raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
+    return row
+
+
+def get_visible(caller: auth.Caller, id_: str) -> instance_pb2.Instance:
+    """Return an instance that the caller sees; also one that is being deleted.
+
+    Raises:
+        errors.NotFound: INSTANCE_NOT_FOUND.
+    """
+    row = get(caller, id_, deleted=True)
+    if row.state == "DELETED":
+        raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
+    return messages([row])[0]
+
+
+def list_page(
+    caller: auth.Caller, request: instance_service_pb2.ListInstancesRequest
+) -> instance_service_pb2.ListInstancesResponse:
+    """Return a page of the living."""
+    revision = shared.revision()
+    page = listing.page(
+        Instance,
+        request,
+        caller,
+        fields={
+            "id": Instance.id,
+            "name": Instance.name,
+            "state": Instance.state,
+            "host_id": Instance.host_id,
+            "flavor_id": Instance.flavor_id,
+            "image_id": Instance.image_id,
+        },
+        where=Instance.delete_time.is_null(),
+    )
+    return instance_service_pb2.ListInstancesResponse(
+        instances=messages(page.rows),
+        next_page_token=page.next_page_token,
+        revision=str(revision),
+    )
+
+
+def load(found: list[str]) -> Mapping[str, Message]:
+    """Return the messages of these ids, for a watch."""
+    rows = list(Instance.select().where(Instance.id.in_(found) & (Instance.state != "DELETED")))
+    return {message.metadata.id: message for message in messages(rows)}
+
+
+def explain(
+    caller: auth.Caller, request: instance_service_pb2.ExplainInstanceRequest
+) -> instance_service_pb2.ExplainInstanceResponse:
+    """Return every attempt to place an instance, newest first."""
+    row = get(caller, request.id, deleted=True)
+    attempts = (
+        Placement.select().where(Placement.instance_id == row.id).order_by(Placement.time.desc())
+    )
+    return instance_service_pb2.ExplainInstanceResponse(
+        instance=messages([row])[0],
+        placements=[
+            placement_pb2.PlacementExplanation.FromString(bytes(attempt.explanation))
+            for attempt in attempts
+        ],
+        blocking_operation_id=row.operation_id,
+    )
+
+
+# -- creating --------------------------------------------------------------------------------------
+
+
+def create(
+    work: Mutation, request: instance_service_pb2.CreateInstanceRequest
+) -> instance_pb2.Instance | None:
+    """Record an instance with every id that its workflow will need (step 4)."""
+    caller, spec = work.caller, request.spec
+    project_id = _project(caller)
+    flavor = flavor_store.get(spec.flavor_id)
+    size = flavor_pb2.FlavorSpec.FromString(bytes(flavor.spec))
+    key = key_pair_store.get(caller, spec.key_pair_id) if spec.key_pair_id else None
+    if spec.placement.host_id:
+        caller.require_system(auth.Rule.ROLE_ADMIN, "choosing the host")
+    _check_spec(spec)
+    quota_store.require(project_id, instances=1, vcpus=size.vcpu_count, memory_mib=size.memory_mib)
+    _require_free_name(project_id, request.name)
+    moment = database.now()
+    row = Instance(
+        id=ids.new("i"),
+        name=request.name,
+        project_id=project_id,
+        labels=dict(request.labels),
+        create_time=moment,
+        update_time=moment,
+        spec=spec.SerializeToString(),
+        state="BUILD",
+        flavor_id=flavor.id,
+        flavor_name=flavor.name,
+        image_id=spec.image_id,
+        vcpu_count=size.vcpu_count,
+        memory_mib=size.memory_mib,
+        disk_gib=size.disk_gib,
+        hostname=hostname(request.name),
+        key_pair_name=key.name if key else "",
+        public_key=key_pair_store.public_key(key) if key else "",
+        nics=[
+            {
+                "port_id": nic.port_id or ids.new("port"),
+                "network_id": nic.network_id,
+                "existing": bool(nic.port_id),
+                "ip": nic.ip_address,
+            }
+            for nic in spec.nics
+        ],
+        volumes=[
+            {
+                "attachment_id": ids.new("att"),
+                "volume_id": volume.volume_id,
+                "device": f"vd{chr(ord('b') + number)}",
+                "delete_with_instance": volume.delete_with_instance,
+            }
+            for number, volume in enumerate(spec.volumes)
+        ],
+        operation_id=work.operation_id,
+    )
+    row.save(force_insert=True)
+    work.concerns("instance", row.id, row.name, project_id)
+    tables.changed("instance", row.id, project_id, "ADDED")
+    if work.validate_only:
+        return messages([row])[0]
+    _trace_request(work, moment)
+    work.start(
+        "create_instance",
+        json.dumps({"domain_id": ids.new("d")}),
+        deadline_s=_CREATE_S,
+    )
+    return None
+
+
+_CREATE_S = 600.0
+
+
+def _trace_request(work: Mutation, recorded: int) -> None:
+    """Save the steps that are done: login (from the token), the request, its authorization."""
+    here, call = socket.gethostname(), work.call
+    start, end = work.caller.login
+    if start:
+        work.step(
+            1, "authenticate", "identity", start, end, host=work.caller.login_host,
+            detail=f"token for {work.caller.user_name}",
+        )  # fmt: skip
+    work.step(2, "request", "compute", call.receive_time, call.receive_time, host=here)
+    work.step(
+        3, "authorize", "compute", call.authorize_start_time, call.authorize_end_time, host=here,
+        detail="signature, expiry, revocation, role",
+    )  # fmt: skip
+    work.step(4, "record, reserve", "compute", call.authorize_end_time, recorded, host=here)
+
+
+def _check_spec(spec: instance_pb2.InstanceSpec) -> None:
+    for number, nic in enumerate(spec.nics):
+        if bool(nic.network_id) == bool(nic.port_id):
+            raise errors.bad_field(f"spec.nics[{number}]", "must name either a network or a port")
+        if nic.port_id and nic.ip_address:
+            raise errors.bad_field(f"spec.nics[{number}].ip_address", "a port has its own address")
+    for what, found in (
+        ("spec.volumes", [volume.volume_id for volume in spec.volumes]),
+        ("spec.nics", [nic.port_id for nic in spec.nics if nic.port_id]),
+    ):
+        if len(set(found)) < len(found):
+            raise errors.bad_field(what, "the same one is named twice")
+
+
+def _require_free_name(project_id: str, name: str) -> None:
+    taken = Instance.select().where(
+        (Instance.project_id == project_id)
+        & (Instance.name == name)
+        & Instance.delete_time.is_null()
+    )
+    if taken.exists():
+        raise errors.AlreadyExists(
+            "INSTANCE_NAME_TAKEN", f"the project has an instance {name}; choose another name",
+            name=name,
+        )  # fmt: skip
+
+
+def _project(caller: auth.Caller) -> str:
+    if not caller.project_id:
+        raise errors.PermissionDenied("NO_PROJECT", "log in to a project first: mcloud login")
+    return caller.project_id
+
+
+def hostname(name: str) -> str:
+    """Return the host name that Nova would derive from an instance's name.
+
+    Source: nova.utils.sanitize_hostname: spaces and underscores become hyphens, other characters
+    than letters, digits, "-" and "." go, lower case, at most 63 characters.
+    """
+    text = re.sub(r"[ _]", "-", name).lower()
+    text = re.sub(r"[^a-z0-9.-]", "", text).strip(".-")[:63].rstrip(".-")
+    return text or "instance"
+
+
+# -- changing --------------------------------------------------------------------------------------
+
+
+def update(
+    work: Mutation, request: instance_service_pb2.UpdateInstanceRequest
+) -> instance_pb2.Instance:
+    """Change the name or the labels."""
+    row = get(work.caller, request.id)
+    if "name" in request.update_mask.paths and request.name != row.name:
+        _require_free_name(row.project_id, request.name)
+    convert.apply_mask(row, request, instance_pb2.InstanceSpec, ("name", "labels"))
+    row.save()
+    work.concerns("instance", row.id, row.name, row.project_id)
+    tables.changed("instance", row.id, row.project_id)
+    return messages([row])[0]
+
+
+def delete(
+    work: Mutation, request: instance_service_pb2.DeleteInstanceRequest
+) -> instance_pb2.Instance | None:
+    """Free name and quota at once, stop whatever works on the instance, and leave the rest."""
+    row = get(work.caller, request.id)
+    convert.require_version(row, request.resource_version)
+    work.concerns("instance", row.id, row.name, row.project_id)
+    preempted = row.operation_id
+    if work.validate_only:
+        return messages([row])[0]
+    job: dict[str, Any] = {"preempted": preempted, "domain_id": row.domain_id}
+    if preempted:
+        table = shared.operation
+        earlier = table.get_or_none(table.id == preempted)
+        if earlier is not None:
+            job["domain_id"] = json.loads(earlier.job).get("domain_id", row.domain_id)
+        table.update(cancel_requested=True, not_before=0).where(
+            (table.id == preempted) & (table.state == "RUNNING")
+        ).execute()
+        tables.changed("operation", preempted, row.project_id)
+    moment = database.now()
+    row.delete_time = row.update_time = moment
+    row.version += 1
+    row.operation_id = work.operation_id
+    row.save()
+    tables.changed("instance", row.id, row.project_id)
+    work.start("delete_instance", json.dumps(job), deadline_s=_DELETE_S)
+    return None
+
+
+def start(
+    work: Mutation, request: instance_service_pb2.StartInstanceRequest
+) -> instance_pb2.Instance | None:
+    """Want the domain running."""
+    row = _take(work, request.id, ("SHUTOFF",), "start")
+    return _change_power(work, row, "start_instance", {"power_state": "RUNNING"})
+
+
+def stop(
+    work: Mutation, request: instance_service_pb2.StopInstanceRequest
+) -> instance_pb2.Instance | None:
+    """Want the domain off."""
+    row = _take(work, request.id, ("ACTIVE", "PAUSED"), "stop")
+    values = {"power_state": "SHUTOFF", "hard_reboot": request.force}
+    return _change_power(work, row, "stop_instance", values)
+
+
+def reboot(
+    work: Mutation, request: instance_service_pb2.RebootInstanceRequest
+) -> instance_pb2.Instance | None:
+    """Want another boot of the domain."""
+    row = _take(work, request.id, ("ACTIVE",), "reboot")
+    values = {
+        "power_state": "RUNNING",
+        "boot_number": row.boot_number + 1,
+        "hard_reboot": request.hard,
+    }
+    return _change_power(work, row, "reboot_instance", values, state="REBOOT")
+
+
+def attach_volume(
+    work: Mutation, request: instance_service_pb2.AttachVolumeRequest
+) -> instance_pb2.Instance | None:
+    """Want another disk."""
+    row = _take(work, request.id, ("ACTIVE", "SHUTOFF", "PAUSED"), "attach a volume to")
+    if any(volume["volume_id"] == request.volume_id for volume in row.volumes):
+        raise errors.WrongState(
+            "VOLUME_IN_USE", f"volume {request.volume_id} is attached to this instance already"
+        )
+    volume = {
+        "attachment_id": ids.new("att"),
+        "volume_id": request.volume_id,
+        "device": _free_device(row.volumes),
+        "delete_with_instance": request.delete_with_instance,
+    }
+    return _change_volume(work, row, "attach_volume", volume)
+
+
+def detach_volume(
+    work: Mutation, request: instance_service_pb2.DetachVolumeRequest
+) -> instance_pb2.Instance | None:
+    """Want a disk gone."""
+    row = _take(work, request.id, ("ACTIVE", "SHUTOFF", "PAUSED"), "detach a volume from")
+    for volume in row.volumes:
+        if volume["volume_id"] == request.volume_id:
+            return _change_volume(work, row, "detach_volume", volume)
+    raise errors.NotFound(
+        "VOLUME_NOT_ATTACHED", f"volume {request.volume_id} is not attached to {row.name}"
+    )
+
+
+def _take(work: Mutation, id_: str, states: Iterable[str], verb: str) -> Instance:
+    """Return an instance for an exclusive operation.
+
+    Raises:
+        errors.Conflict: OPERATION_IN_PROGRESS.
+        errors.WrongState: BAD_STATE.
+    """
+    row = get(work.caller, id_)
+    work.concerns("instance", row.id, row.name, row.project_id)
+    if row.operation_id:
+        raise errors.Conflict(
+            "OPERATION_IN_PROGRESS",
+            f"operation {row.operation_id} works on instance {row.name}; wait for it: "
+            f"mcloud operation wait {row.operation_id}",
+            operation_id=row.operation_id,
+        )
+    if row.state not in states:
+        raise errors.WrongState(
+            "BAD_STATE",
+            f"cannot {verb} instance {row.name}: it is {row.state}, not {' or '.join(states)}",
+            state=row.state,
+        )
+    living = Domain.get_or_none((Domain.id == row.domain_id) & Domain.absent_time.is_null())
+    if living is None:
+        raise errors.WrongState("BAD_STATE", f"instance {row.name} is on no host", state=row.state)
+    return row
+
+
+def _change_power(
+    work: Mutation, row: Instance, workflow: str, values: dict[str, Any], *, state: str = ""
+) -> instance_pb2.Instance | None:
+    job = {"domain_id": row.domain_id, "values": values}
+    return _begin(work, row, workflow, job, state=state)
+
+
+def _change_volume(
+    work: Mutation, row: Instance, workflow: str, volume: dict[str, Any]
+) -> instance_pb2.Instance | None:
+    return _begin(work, row, workflow, {"domain_id": row.domain_id, "volume": volume})
+
+
+def _begin(
+    work: Mutation, row: Instance, workflow: str, job: dict[str, Any], *, state: str = ""
+) -> instance_pb2.Instance | None:
+    if work.validate_only:
+        return messages([row])[0]
+    row.operation_id = work.operation_id
+    row.state = state or row.state
+    row.fault = None
+    row.version += 1
+    row.update_time = database.now()
+    row.save()
+    tables.changed("instance", row.id, row.project_id)
+    work.start(workflow, json.dumps(job), deadline_s=_CHANGE_S)
+    return None
+
+
+def _free_device(volumes: Sequence[Mapping[str, Any]]) -> str:
+    used = {volume["device"] for volume in volumes}
+    for letter in range(ord("b"), _LAST_DEVICE + 1):
+        if f"vd{chr(letter)}" not in used:
+            return f"vd{chr(letter)}"
+    raise errors.WrongState("TOO_MANY_VOLUMES", "an instance has at most 25 volumes")

@@ -1,0 +1,106 @@
+"""Quotas of instances: counted from rows, under the lock of the project's quota row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peewee
+from google.rpc import error_details_pb2
+
+from mcloud.compute.v1 import quota_pb2, quota_service_pb2
+from mcloud_base import errors
+from mcloud_controlplane.compute.model import Instance, KeyPair, Quota, database
+from mcloud_controlplane.core.mutation import Mutation
+
+_FIELDS = ("instance_count", "vcpu_count", "memory_mib", "key_pair_count")
+
+
+def require(
+    project_id: str, *, instances: int = 0, vcpus: int = 0, memory_mib: int = 0, key_pairs: int = 0
+) -> None:
+    """Refuse what would exceed the project's limits. Locks the project's row until the commit.
+
+    Raises:
+        errors.Exhausted: QUOTA_EXCEEDED, with every violation as QuotaFailure.
+    """
+    limits = _locked(project_id)
+    used = usage(project_id)
+    wanted = dict(zip(_FIELDS, (instances, vcpus, memory_mib, key_pairs), strict=True))
+    violations = [
+        error_details_pb2.QuotaFailure.Violation(
+            subject=f"project:{project_id}",
+            description=f"{field}: {getattr(used, field)} used, {wanted[field]} asked, "
+            f"{getattr(limits, field)} allowed",
+        )
+        for field in _FIELDS
+        if wanted[field]
+        and getattr(limits, field) >= 0
+        and getattr(used, field) + wanted[field] > getattr(limits, field)
+    ]
+    if violations:
+        raise errors.Exhausted(
+            "QUOTA_EXCEEDED",
+            f"the project's quota does not allow it: {violations[0].description}",
+            details=(error_details_pb2.QuotaFailure(violations=violations),),
+        )
+
+
+def usage(project_id: str) -> quota_pb2.QuotaUsage:
+    """Count what a project has."""
+    fn = peewee.fn
+    living = (Instance.project_id == project_id) & Instance.delete_time.is_null()
+    counts: Any = Instance.select(
+        fn.COUNT(Instance.id),
+        fn.COALESCE(fn.SUM(Instance.vcpu_count), 0),
+        fn.COALESCE(fn.SUM(Instance.memory_mib), 0),
+    ).where(living)
+    ((instances, vcpus, memory),) = counts.tuples()
+    keys = KeyPair.select().where(KeyPair.project_id == project_id).count()
+    return quota_pb2.QuotaUsage(
+        instance_count=instances,
+        vcpu_count=int(vcpus),
+        memory_mib=int(memory),
+        key_pair_count=keys,
+    )
+
+
+def get(project_id: str) -> quota_pb2.Quota:
+    """Return limits and usage; a project without a row has the defaults."""
+    row = Quota.get_or_none(Quota.project_id == project_id) or Quota(project_id=project_id)
+    return _message(row)
+
+
+def update(work: Mutation, request: quota_service_pb2.UpdateQuotaRequest) -> quota_pb2.Quota:
+    """Set limits.
+
+    Raises:
+        errors.InvalidArgument: BAD_UPDATE_MASK.
+    """
+    paths = [path.removeprefix("limits.") for path in request.update_mask.paths]
+    if not paths or any(path not in _FIELDS for path in paths):
+        raise errors.InvalidArgument(
+            "BAD_UPDATE_MASK", f"update_mask may name {', '.join(_FIELDS)}"
+        )
+    row = _locked(request.project_id)
+    for path in paths:
+        setattr(row, path, getattr(request.limits, path))
+    row.save()
+    work.concerns("quota", request.project_id, "", request.project_id)
+    return _message(row)
+
+
+def _locked(project_id: str) -> Quota:
+    Quota.insert(project_id=project_id).on_conflict_ignore().execute()
+    query = Quota.select().where(Quota.project_id == project_id)
+    # SQLite's transaction has locked the whole database already.
+    if isinstance(database.obj, peewee.PostgresqlDatabase):
+        query = query.for_update()
+    return query.get()
+
+
+def _message(row: Quota) -> quota_pb2.Quota:
+    return quota_pb2.Quota(
+        project_id=row.project_id,
+        limits=quota_pb2.QuotaLimits(**{field: getattr(row, field) for field in _FIELDS}),
+        usage=usage(row.project_id),
+    )

@@ -1,0 +1,95 @@
+"""What several workflows do with a domain: wait for its host, remove it, give back what it held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mcloud_base import errors
+from mcloud_controlplane.conductor import store
+from mcloud_controlplane.conductor.neighbours import Neighbours
+from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.workflow import Job
+
+REMOVE_S = 120.0
+
+
+class Domains:
+    """Bound to the compute database and the other services."""
+
+    def __init__(self, database: Database, neighbours: Neighbours) -> None:
+        self._database = database
+        self._neighbours = neighbours
+
+    async def await_generation(
+        self, job: Job, domain_id: str, generation: int, *, state: str = "", timeout_s: float
+    ) -> None:
+        """Wait until the host has reached a generation, and the domain is in a state.
+
+        Raises:
+            errors.Error: what the host says that keeps it from it, unless that may pass.
+            errors.DeadlineExceeded: HOST_SILENT.
+        """
+
+        def look() -> errors.Error | bool | None:
+            row = store.find_domain(domain_id)
+            if row is None or row.absent:
+                return errors.WrongState("DOMAIN_ABSENT", "the domain has been removed meanwhile")
+            error = store.domain_error(row)
+            if error is not None and row.observed_generation < generation:
+                return None if isinstance(error, errors.Unavailable) else error
+            if row.observed_generation >= generation and state in ("", row.state):
+                return True
+            return None
+
+        await self._until(domain_id, look, timeout_s)
+
+    async def remove(self, job: Job, domain_id: str, *, timeout_s: float = REMOVE_S) -> None:
+        """Have a domain removed by its host and give back what belongs to it.
+
+        Repeatable; also where the claim was never made: its id is retired, so that it never will.
+
+        Raises:
+            errors.DeadlineExceeded: HOST_SILENT. Everything stays held until the host answers; the
+                reclaimer then goes on.
+        """
+        row = await self._database.write(store.desire_absent, domain_id, job.operation_id)
+        instance = await self._database.read(store.get_instance, job.resource_id)
+        if row is None:
+            await self._database.write(
+                store.retire_domain, domain_id, instance.id, instance.project_id, job.operation_id
+            )
+        else:
+
+            def look() -> errors.Error | bool | None:
+                current = store.find_domain(domain_id)
+                return True if current is None or current.absent_time is not None else None
+
+            await self._until(domain_id, look, timeout_s)
+        await self.release(job, instance, domain_id)
+
+    async def release(self, job: Job, instance: Any, domain_id: str) -> None:
+        """Give back what belongs to a domain that its host has reported absent."""
+        await self._neighbours.unbind(job, domain_id, instance.nics, instance.volumes)
+        await self._database.write(store.release_claim, domain_id)
+
+    async def _until(self, domain_id: str, look: Any, timeout_s: float) -> None:
+        try:
+            found = await self._database.until(look, timeout_s=timeout_s)
+        except TimeoutError as error:
+            row = await self._database.read(store.find_domain, domain_id)
+            last = store.domain_error(row) if row is not None else None
+            why = f"; its last word: {last.message}" if last else ""
+            raise HostSilent(
+                "HOST_SILENT",
+                f"host {row.host_id if row else ''} did not do it within {timeout_s:.0f} s{why}; "
+                "what belongs to the domain is held until it answers",
+                host=row.host_id if row else "",
+            ) from error
+        if isinstance(found, errors.Error):
+            raise found
+
+
+class HostSilent(errors.Error):
+    """A host did not answer in time. Not tried again by the runner: the wait was the trying."""
+
+    code = errors.DeadlineExceeded.code

@@ -1,0 +1,341 @@
+"""The conductor's part of the compute database: domains, and what hosts say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from google.rpc import status_pb2
+
+from mcloud.common.v1 import session_pb2
+from mcloud.compute.v1 import instance_pb2
+from mcloud.conductor.v1 import domain_pb2, domain_service_pb2
+from mcloud_base import errors, ids
+from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, shared
+from mcloud_controlplane.core import auth, contract, convert, database, listing, sessions, tables
+from mcloud_controlplane.core import workflow as workflows
+
+State = domain_pb2.DomainStatus.State
+
+# What an instance's state becomes when its domain's is observed and no operation works on it.
+_INSTANCE_STATES = {
+    "RUNNING": "ACTIVE",
+    "PAUSED": "PAUSED",
+    "SHUTOFF": "SHUTOFF",
+    "CRASHED": "SHUTOFF",
+    "ABSENT": "SHUTOFF",
+}
+
+
+class DomainSource(sessions.Source):
+    """What the conductor's sessions send and take."""
+
+    def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
+        """Return the domains whose present generation the host has not reached."""
+        return _desired(
+            (Domain.host_id == host_id) & (Domain.observed_generation < Domain.generation)
+        )
+
+    def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
+        """Return every domain that is, or is to be removed, there."""
+        return _desired(Domain.host_id == host_id)
+
+    def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
+        """Record what a host sees of a domain, unless something newer is recorded."""
+        apply_domain_status(host_id, incarnation, report)
+
+
+def _desired(condition: Any) -> list[session_pb2.Desired]:
+    query = (
+        Domain.select(Domain, Instance.power_state)
+        .join(Instance, on=(Instance.id == Domain.instance_id), attr="instance")
+        .where(condition & Domain.absent_time.is_null())
+        .order_by(Domain.create_time)
+    )
+    rows: Iterable[Any] = query
+    return [
+        sessions.desired(
+            row.id,
+            row.generation,
+            None
+            if row.absent
+            else domain_pb2.DomainDesired(
+                instance_id=row.instance_id,
+                power_state=contract.enum_value(row.instance.power_state, domain_pb2.PowerState),
+            ),
+        )
+        for row in rows
+    ]
+
+
+def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
+    """Record a report, unless it is stale, of another host or of an unknown domain."""
+    if report.epoch and report.epoch != shared.epoch():
+        return
+    newer = (Domain.incarnation < incarnation) | (
+        (Domain.incarnation == incarnation) & (Domain.sequence < report.sequence)
+    )
+    row = Domain.get_or_none((Domain.id == report.id) & (Domain.host_id == host_id) & newer)
+    if row is None:
+        return
+    status = domain_pb2.DomainStatus()
+    report.status.Unpack(status)
+    state = "ABSENT" if report.absent else contract.enum_name(status.state, State)
+    row.incarnation, row.sequence = incarnation, report.sequence
+    row.state, row.reason = state, status.reason
+    row.observed_generation = max(row.observed_generation, report.generation)
+    row.error = report.error.SerializeToString() if report.HasField("error") else None
+    if report.absent and row.absent and report.generation >= row.generation:
+        row.absent_time = database.now()
+    row.save()
+    tables.changed("domain", row.id, row.project_id)
+    if status.steps and row.operation_id and report.generation == row.generation:
+        workflows.save_trace(shared, row.operation_id, 1, list(status.steps))
+        tables.changed("operation", row.operation_id, row.project_id)
+    _follow_domain(row, status)
+
+
+def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
+    """Let the instance follow its domain, where no operation works on it."""
+    instance = Instance.get_or_none(
+        (Instance.id == row.instance_id)
+        & (Instance.domain_id == row.id)
+        & (Instance.operation_id == "")
+        & Instance.delete_time.is_null()
+    )
+    state = _INSTANCE_STATES.get(row.state)
+    if instance is None or row.absent or state is None:
+        return
+    if instance.state == "ERROR" and instance.launch_time is None:
+        return  # it was never built
+    reason = status.reason or ("the host has lost the domain" if row.state == "ABSENT" else "")
+    if (instance.state, instance.power_reason) != (state, reason):
+        # A guest that has shut itself down is to stay so when its host looks again.
+        power = "SHUTOFF" if state == "SHUTOFF" else "RUNNING"
+        set_instance(instance.id, state=state, power_reason=reason, power_state=power)
+
+
+def set_instance(id_: str, **values: Any) -> None:
+    """Change an instance's row, its version and the log. Within a unit."""
+    Instance.update(**values, version=Instance.version + 1, update_time=database.now()).where(
+        Instance.id == id_
+    ).execute()
+    row = Instance.get_by_id(id_)
+    tables.changed("instance", id_, row.project_id)
+
+
+def get_instance(id_: str) -> Instance:
+    """Return an instance's row, also a deleted one's."""
+    return Instance.get_by_id(id_)
+
+
+def find_domain(id_: str) -> Domain | None:
+    """Return a domain's row."""
+    return Domain.get_or_none(Domain.id == id_)
+
+
+def domain_error(row: Domain) -> errors.Error | None:
+    """Return why the host could not reach the domain's generation."""
+    if not row.error:
+        return None
+    return errors.from_status(status_pb2.Status.FromString(bytes(row.error)))
+
+
+def desire(domain_id: str, operation_id: str, **instance_values: Any) -> int:
+    """Change what is desired of a domain, and return its new generation.
+
+    Keyed by the operation: a repeat within the same operation changes nothing.
+    """
+    row = Domain.get_by_id(domain_id)
+    if row.operation_id == operation_id or row.absent:
+        return int(row.generation)
+    row.generation += 1
+    row.operation_id = operation_id
+    row.error = None
+    row.save()
+    if instance_values:
+        set_instance(row.instance_id, **instance_values)
+    tables.changed("domain", domain_id, row.project_id)
+    return int(row.generation)
+
+
+def desire_absent(domain_id: str, operation_id: str) -> Domain | None:
+    """Put a tombstone on a domain; None if there is none, and then there never will be."""
+    row = Domain.get_or_none(Domain.id == domain_id)
+    if row is None:
+        return None
+    if not row.absent:
+        row.absent = True
+        row.generation += 1
+        row.operation_id = operation_id
+        row.error = None
+        row.save()
+        tables.changed("domain", domain_id, row.project_id)
+    return row
+
+
+def retire_domain(domain_id: str, instance_id: str, project_id: str, operation_id: str) -> None:
+    """Make it impossible that a claim for this domain, delayed, is made after its undo."""
+    moment = database.now()
+    Domain.insert(
+        id=domain_id,
+        instance_id=instance_id,
+        project_id=project_id,
+        host_id="",
+        operation_id=operation_id,
+        generation=1,
+        absent=True,
+        state="ABSENT",
+        create_time=moment,
+        absent_time=moment,
+    ).on_conflict_ignore().execute()
+
+
+def release_claim(domain_id: str) -> None:
+    """Give the room back; nothing happens if none is held."""
+    row = Claim.get_or_none(Claim.domain_id == domain_id)
+    if row is not None:
+        row.delete_instance()
+        tables.changed("host", row.host_id, "")
+
+
+def absent_domains_with_claims() -> list[Domain]:
+    """Return domains that are gone from their hosts and still hold room."""
+    return list(
+        Domain.select()
+        .join(Claim, on=(Claim.domain_id == Domain.id))
+        .where(Domain.absent_time.is_null(False))
+    )
+
+
+def domain_spec(
+    host_id: str, request: domain_service_pb2.GetDomainSpecRequest
+) -> domain_pb2.DomainSpec:
+    """Return the whole of a domain placed on a host, without a token.
+
+    Raises:
+        errors.NotFound: DOMAIN_NOT_FOUND.
+        errors.WrongState: DOMAIN_ABSENT, STALE_EPOCH.
+    """
+    epoch = shared.epoch()
+    if request.epoch and request.epoch != epoch:
+        raise errors.WrongState(
+            "STALE_EPOCH", "the control plane was restored; begin a new session"
+        )
+    row = Domain.get_or_none((Domain.id == request.domain_id) & (Domain.host_id == host_id))
+    if row is None:
+        raise errors.NotFound("DOMAIN_NOT_FOUND", f"there is no domain {request.domain_id} here")
+    if row.absent:
+        raise errors.WrongState("DOMAIN_ABSENT", f"domain {request.domain_id} is to be removed")
+    instance = Instance.get_by_id(row.instance_id)
+    operation = shared.operation.get_or_none(shared.operation.id == row.operation_id)
+    traceparent = ""
+    if operation is not None and operation.trace_id:
+        traceparent = f"00-{operation.trace_id}-{operation.trace_id[:16]}-01"
+    spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
+    keys = []
+    if instance.public_key:
+        keys.append(
+            domain_pb2.PublicKey(name=instance.key_pair_name, public_key=instance.public_key)
+        )
+    return domain_pb2.DomainSpec(
+        domain_id=row.id,
+        instance_id=instance.id,
+        project_id=instance.project_id,
+        epoch=epoch,
+        generation=row.generation,
+        power_state=contract.enum_value(instance.power_state, domain_pb2.PowerState),
+        boot_number=instance.boot_number,
+        hard_reboot=instance.hard_reboot,
+        uuid=ids.libvirt_uuid(instance.id),
+        name=instance.name,
+        hostname=instance.hostname,
+        vcpu_count=instance.vcpu_count,
+        memory_mib=instance.memory_mib,
+        root_disk=domain_pb2.RootDisk(
+            image_id=instance.image_id,
+            image_sha256=instance.image.get("sha256", ""),
+            image_format=instance.image.get("format", ""),
+            image_size_bytes=instance.image.get("size_bytes", 0),
+            size_gib=instance.disk_gib,
+        ),
+        nics=[domain_pb2.DomainNic(port_id=nic["port_id"]) for nic in instance.nics],
+        disks=[
+            domain_pb2.DomainDisk(
+                attachment_id=volume["attachment_id"],
+                volume_id=volume["volume_id"],
+                device=volume["device"],
+            )
+            for volume in instance.volumes
+        ],
+        config=domain_pb2.GuestConfig(
+            public_keys=keys,
+            metadata=dict(spec.guest_metadata),
+            user_data=spec.user_data,
+            availability_zone=Host.get_by_id(host_id).availability_zone,
+            config_drive=spec.config_drive,
+            project_id=instance.project_id,
+            flavor_name=instance.flavor_name,
+        ),
+        operation_id=row.operation_id,
+        traceparent=traceparent,
+    )
+
+
+def message(row: Domain, power_state: str) -> domain_pb2.Domain:
+    """Return a domain's row as operators see it."""
+    domain = domain_pb2.Domain(
+        id=row.id,
+        instance_id=row.instance_id,
+        host_id=row.host_id,
+        generation=row.generation,
+        observed_generation=row.observed_generation,
+        desired_power_state=contract.enum_value(power_state, domain_pb2.PowerState),
+        state=contract.enum_value(row.state, State),
+        create_time=convert.timestamp(row.create_time),
+    )
+    if row.absent_time is not None:
+        domain.absent_time.CopyFrom(convert.timestamp(row.absent_time))
+    return domain
+
+
+def get_message(id_: str) -> domain_pb2.Domain:
+    """Return a domain as operators see it.
+
+    Raises:
+        errors.NotFound: DOMAIN_NOT_FOUND.
+    """
+    row = find_domain(id_)
+    if row is None:
+        raise errors.NotFound("DOMAIN_NOT_FOUND", f"there is no domain {id_}", id=id_)
+    return message(row, Instance.get_by_id(row.instance_id).power_state)
+
+
+def list_page(
+    caller: auth.Caller, request: domain_service_pb2.ListDomainsRequest
+) -> domain_service_pb2.ListDomainsResponse:
+    """Return a page of domains; also of those that are gone."""
+    revision = shared.revision()
+    page = listing.page(
+        Domain,
+        request,
+        caller,
+        fields={
+            "id": Domain.id,
+            "instance_id": Domain.instance_id,
+            "host_id": Domain.host_id,
+            "state": Domain.state,
+        },
+        orders={"id": Domain.id},
+        default_order="id",
+        visible=True,
+    )
+    instances = Instance.select(Instance.id, Instance.power_state).where(
+        Instance.id.in_([row.instance_id for row in page.rows])
+    )
+    power = {row.id: row.power_state for row in instances}
+    return domain_service_pb2.ListDomainsResponse(
+        domains=[message(row, power.get(row.instance_id, "RUNNING")) for row in page.rows],
+        next_page_token=page.next_page_token,
+        revision=str(revision),
+    )

@@ -1,0 +1,92 @@
+"""Which hosts will do. A filter is a function from arrays to a mask, with a sentence for the rest.
+
+To add one: write the function, and add it to FILTERS at the place where it is to be applied (the
+cheap and the telling first: the explanation counts what each one removed of what was left).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mcloud_controlplane.scheduler.hosts import DIMENSIONS, DISK, MEMORY, VCPU, Bools, Hosts, Need
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`mask` is True for hosts that pass; `reason` says why, of those left before, none did."""
+
+    name: str
+    mask: Callable[[Hosts, Need], Bools]
+    reason: Callable[[Hosts, Need, Bools], str]
+
+
+def alive(hosts: Hosts, need: Need) -> Bools:
+    """Pass hosts that have reported lately."""
+    return hosts.report_time >= need.now - need.silent_after_us
+
+
+def enabled(hosts: Hosts, need: Need) -> Bools:
+    """Pass hosts that the operator has not disabled."""
+    return hosts.enabled
+
+
+def target(hosts: Hosts, need: Need) -> Bools:
+    """Pass the host that was asked for, if one was."""
+    if not need.host_id:
+        return np.ones(len(hosts), np.bool_)
+    mask = np.zeros(len(hosts), np.bool_)
+    if need.host_id in hosts.index:
+        mask[hosts.index[need.host_id]] = True
+    return mask
+
+
+def excluded(hosts: Hosts, need: Need) -> Bools:
+    """Stop hosts that have refused this instance already."""
+    mask = np.ones(len(hosts), np.bool_)
+    mask[[hosts.index[id_] for id_ in need.excluded if id_ in hosts.index]] = False
+    return mask
+
+
+def zone(hosts: Hosts, need: Need) -> Bools:
+    """Pass hosts of the availability zone that was asked for, if one was."""
+    return hosts.zones == need.zone if need.zone else np.ones(len(hosts), np.bool_)
+
+
+def arch(hosts: Hosts, need: Need) -> Bools:
+    """Pass hosts whose processor runs the image."""
+    return hosts.archs == need.arch if need.arch else np.ones(len(hosts), np.bool_)
+
+
+def _room(dimension: int) -> Callable[[Hosts, Need], Bools]:
+    def mask(hosts: Hosts, need: Need) -> Bools:
+        room = hosts.limit[dimension] - hosts.claimed[dimension]
+        return np.asarray(room >= need.resources[dimension])
+
+    return mask
+
+
+def _no_room(dimension: int) -> Callable[[Hosts, Need, Bools], str]:
+    def reason(hosts: Hosts, need: Need, left: Bools) -> str:
+        largest = (hosts.limit[dimension] - hosts.claimed[dimension])[left].max(initial=0)
+        return (
+            f"no host has {need.resources[dimension]:.0f} {DIMENSIONS[dimension]} free "
+            f"(largest: {max(largest, 0):.0f})"
+        )
+
+    return reason
+
+
+FILTERS: tuple[Filter, ...] = (
+    Filter("alive", alive, lambda hosts, need, left: "no host has reported lately"),
+    Filter("enabled", enabled, lambda hosts, need, left: "every host is disabled"),
+    Filter("target", target, lambda hosts, need, left: f"host {need.host_id} is not among them"),
+    Filter("excluded", excluded, lambda hosts, need, left: "every host has refused the instance"),
+    Filter("zone", zone, lambda hosts, need, left: f"no host is in zone {need.zone}"),
+    Filter("arch", arch, lambda hosts, need, left: f"no host runs {need.arch}"),
+    Filter("vcpu", _room(VCPU), _no_room(VCPU)),
+    Filter("memory", _room(MEMORY), _no_room(MEMORY)),
+    Filter("disk", _room(DISK), _no_room(DISK)),
+)

@@ -1,0 +1,288 @@
+"""Serves mcloud.scheduler.v1: PlacementService and HostReportService."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+
+from mcloud.common.v1 import operation_pb2
+from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc
+from mcloud_base import errors
+from mcloud_controlplane.compute import model
+from mcloud_controlplane.core import auth, convert, database
+from mcloud_controlplane.core.auth import Context
+from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.runtime import Runtime
+from mcloud_controlplane.scheduler import choose, store
+from mcloud_controlplane.scheduler.hosts import Hosts, Need
+from mcloud_controlplane.settings import Settings
+
+log = structlog.get_logger()
+
+_QUEUE_LIMIT = 1000
+_FOLLOW_S = 5.0  # the net under the wake-ups
+_TIME_WRITTEN_US = 3_000_000  # how stale a host's recorded report time may become
+
+
+class View:
+    """The hosts in memory, following the database's change log."""
+
+    def __init__(self, opened: Database, settings: Settings) -> None:
+        self._database = opened
+        self._settings = settings
+        self.hosts = Hosts()
+        self.loaded = asyncio.Event()
+
+    async def follow(self) -> None:
+        """Load all hosts, then what changes, for ever."""
+        with self._database.listening() as event:
+            revision, _ = await self._database.read(store.changed_hosts, 0)
+            records = await self._database.read(store.load_hosts, self._settings, None)
+            self.hosts = self.hosts.update(records)
+            self.loaded.set()
+            while True:
+                event.clear()
+                try:
+                    revision, changed = await self._database.read(store.changed_hosts, revision)
+                    if changed:
+                        records = await self._database.read(
+                            store.load_hosts, self._settings, changed
+                        )
+                        self.hosts = self.hosts.update(records)
+                except errors.Unavailable as error:
+                    log.warning("view of hosts is not refreshed", reason=error.reason)
+                try:
+                    async with asyncio.timeout(_FOLLOW_S):
+                        await event.wait()
+                except TimeoutError:
+                    continue
+
+    def heard(self, host_id: str) -> None:
+        """Note that a host has just reported."""
+        if host_id in self.hosts.index:
+            self.hosts.report_time[self.hosts.index[host_id]] = database.now()
+
+    def claimed(self, claim: placement_pb2.Claim) -> None:
+        """Take a claim into account at once; the change log brings it again, as a sum."""
+        if claim.host_id in self.hosts.index:
+            number, room = self.hosts.index[claim.host_id], claim.resources
+            self.hosts.claimed[:, number] += (room.vcpu_count, room.memory_mib, room.disk_gib)
+            self.hosts.instance_count[number] += 1
+
+
+@dataclass
+class _Request:
+    """A request in the queue."""
+
+    message: placement_service_pb2.SelectDestinationsRequest
+    queue_time: int
+    answer: asyncio.Future[placement_service_pb2.SelectDestinationsResponse]
+
+
+class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
+    """Finds room."""
+
+    def __init__(self, opened: Database, settings: Settings, view: View) -> None:
+        self._database = opened
+        self._settings = settings
+        self._view = view
+        self._queue: asyncio.Queue[_Request] = asyncio.Queue(_QUEUE_LIMIT)
+        self._turn = 0
+
+    async def SelectDestinations(
+        self, request: placement_service_pb2.SelectDestinationsRequest, context: Context
+    ) -> placement_service_pb2.SelectDestinationsResponse:
+        """Queue the request (step 6 takes it from there) and return what was decided."""
+        if not self._view.loaded.is_set():
+            raise errors.Unavailable(
+                "HOST_VIEW_LOADING", "the scheduler is still reading the hosts",
+                details=(errors.retry_after(0.2),),
+            )  # fmt: skip
+        queued = _Request(request, database.now(), asyncio.get_running_loop().create_future())
+        try:
+            self._queue.put_nowait(queued)
+        except asyncio.QueueFull as error:
+            raise errors.Exhausted(
+                "QUEUE_FULL", f"{_QUEUE_LIMIT} requests wait for the scheduler",
+                details=(errors.retry_after(1),),
+            ) from error  # fmt: skip
+        return await queued.answer
+
+    async def GetCapacity(
+        self, request: placement_service_pb2.GetCapacityRequest, context: Context
+    ) -> placement_service_pb2.GetCapacityResponse:
+        """Count what would fit."""
+        need = _need(request.resources, zone=request.availability_zone)
+        count, host_count = choose.capacity(self._view.hosts, need)
+        explanation = choose.choose(self._view.hosts, need).explanation
+        return placement_service_pb2.GetCapacityResponse(
+            count=count, host_count=host_count, filters=explanation.filters
+        )
+
+    async def work(self) -> None:
+        """Decide on one request after the other, for ever."""
+        while True:
+            queued = await self._queue.get()
+            if queued.answer.cancelled():
+                continue
+            try:
+                answer = await self._decide(queued)
+            except errors.Error as error:
+                if not queued.answer.done():
+                    queued.answer.set_exception(error)
+            else:
+                if not queued.answer.done():
+                    queued.answer.set_result(answer)
+
+    async def _decide(self, queued: _Request) -> placement_service_pb2.SelectDestinationsResponse:
+        """Take the request (6), filter, weigh and claim (7)."""
+        taken, request = database.now(), queued.message
+        if not request.dry_run:
+            earlier = await self._database.read(store.find_claim, request.domain_id)
+            if earlier is not None:
+                return placement_service_pb2.SelectDestinationsResponse(
+                    claim=earlier, steps=_steps(queued.queue_time, taken, earlier.host_name)
+                )
+        need = _need(
+            request.resources,
+            host_id=request.host_id,
+            zone=request.availability_zone,
+            arch=request.cpu_arch,
+            excluded=frozenset(request.excluded_host_ids),
+        )
+        self._turn += 1
+        choice = choose.choose(self._view.hosts, need, turn=self._turn)
+        choice.explanation.duration_us = database.now() - queued.queue_time
+        if request.dry_run:
+            if not choice.candidates:
+                raise _no_valid_host(choice.explanation)
+            return placement_service_pb2.SelectDestinationsResponse(explanation=choice.explanation)
+        for place, host_id in enumerate(choice.candidates):
+            claim = await self._database.write(
+                store.claim, self._database, self._settings, request, host_id, choice.explanation
+            )
+            if claim is not None:
+                self._view.claimed(claim)
+                log.info("host claimed", step=7, instance=request.instance_id, host=claim.host_name)
+                return placement_service_pb2.SelectDestinationsResponse(
+                    claim=claim,
+                    explanation=choice.explanation,
+                    steps=_steps(queued.queue_time, taken, claim.host_name),
+                )
+            if place < len(choice.explanation.top_hosts):
+                choice.explanation.top_hosts[
+                    place
+                ].rejected = "taken by another claim, or just disabled"
+        await self._database.write(store.record_placement, request, choice.explanation)
+        raise _no_valid_host(choice.explanation)
+
+
+class HostReportServicer(placement_service_pb2_grpc.HostReportServiceServicer):
+    """Listens to hosts."""
+
+    def __init__(self, opened: Database, view: View) -> None:
+        self._database = opened
+        self._view = view
+
+    async def ReportHost(
+        self,
+        requests: AsyncIterator[placement_service_pb2.ReportHostRequest],
+        context: Context,
+    ) -> AsyncIterator[placement_service_pb2.ReportHostResponse]:
+        """Record each report; the whole of it only when something changed."""
+        host_id = auth.caller().host_id
+        number, seen, written = 0, b"", 0
+        async for report in requests:
+            if number == 0:
+                number = await self._database.write(store.take_report_stream, host_id, report)
+            facts = _facts(report)
+            moment = database.now()
+            if facts != seen or moment - written > _TIME_WRITTEN_US:
+                whole = facts != seen
+                current = await self._database.write(
+                    store.apply_report, host_id, number, report, whole
+                )
+                if not current:
+                    raise errors.Conflict(
+                        "SESSION_SUPERSEDED", "another stream of this host is newer"
+                    )
+                seen, written = facts, moment
+            self._view.heard(host_id)
+            yield placement_service_pb2.ReportHostResponse(sequence=report.sequence)
+
+
+def _facts(report: placement_service_pb2.ReportHostRequest) -> bytes:
+    """Return what of a report is worth writing, to compare with the last."""
+    copy = placement_service_pb2.ReportHostRequest()
+    copy.CopyFrom(report)
+    for field in ("sequence", "time", "domains"):
+        copy.ClearField(field)
+    return copy.SerializeToString(deterministic=True)
+
+
+def _need(
+    resources: placement_pb2.Resources,
+    *,
+    host_id: str = "",
+    zone: str = "",
+    arch: str = "",
+    excluded: frozenset[str] = frozenset(),
+) -> Need:
+    return Need(
+        resources=(
+            float(resources.vcpu_count),
+            float(resources.memory_mib),
+            float(resources.disk_gib),
+        ),
+        host_id=host_id,
+        zone=zone,
+        arch=arch,
+        excluded=excluded,
+        now=database.now(),
+    )
+
+
+def _steps(queued: int, taken: int, host_name: str) -> list[operation_pb2.OperationStep]:
+    here = socket.gethostname()
+    done = operation_pb2.OperationStep.STATE_DONE
+    return [
+        operation_pb2.OperationStep(
+            number=6, name="take the request", service="scheduler", host=here, state=done,
+            start_time=convert.timestamp(queued), end_time=convert.timestamp(taken),
+        ),
+        operation_pb2.OperationStep(
+            number=7, name="filter, weigh, claim", service="scheduler", host=here, state=done,
+            start_time=convert.timestamp(taken), end_time=convert.timestamp(database.now()),
+            detail=f"{host_name} claimed",
+        ),
+    ]  # fmt: skip
+
+
+def _no_valid_host(explanation: placement_pb2.PlacementExplanation) -> errors.Exhausted:
+    removed = [item for item in explanation.filters if item.removed_count]
+    last = next((item.reason for item in reversed(removed) if item.reason), "")
+    why = last or ("there are no hosts" if not explanation.considered_count else "all were taken")
+    return errors.Exhausted(
+        "NO_VALID_HOST",
+        f"no host can take the instance: {why}",
+        details=(explanation,),
+        considered=explanation.considered_count,
+    )
+
+
+def register(runtime: Runtime) -> None:
+    """Offer the scheduler's services."""
+    opened = runtime.database("compute", model.open_database)
+    view = View(opened, runtime.settings)
+    placement = PlacementServicer(opened, runtime.settings, view)
+    runtime.add(placement_service_pb2_grpc.add_PlacementServiceServicer_to_server, placement)
+    runtime.add(
+        placement_service_pb2_grpc.add_HostReportServiceServicer_to_server,
+        HostReportServicer(opened, view),
+    )
+    runtime.background(view.follow(), "host view")
+    runtime.background(placement.work(), "scheduler")
