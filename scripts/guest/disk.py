@@ -20,6 +20,14 @@ BOOT_CODE = Path("/usr/lib/syslinux/mbr/mbr.bin")
 FAT16, LINUX = 0x06, 0x83
 BOOTABLE = 0x80
 
+# Speed under TCG, where a guest with them starts in two thirds of the time: no hardening that
+# matters where guests guard secrets, no self-tests, no waiting for grace periods, no patching
+# of code that has been translated.
+QUICK_BOOT = (
+    "mitigations=off nokaslr cryptomgr.notests rcupdate.rcu_expedited=1 noreplace-smp"
+    " no_timer_check"
+)
+
 
 @dataclass(frozen=True)
 class System:
@@ -63,11 +71,9 @@ def write_image(system: System, out: Path, work: Path) -> None:
 
 
 def master_boot_record(partitions: Sequence[Partition]) -> bytes:
-    """The first sector: boot code, partition table with sector addresses (no CHS), signature."""
+    """Make the first sector: boot code, partitions by sector (no CHS), signature."""
     table = b"".join(
-        struct.pack(
-            "<B3xB3xII", part.flag, part.kind, part.start // SECTOR, part.size // SECTOR
-        )
+        struct.pack("<B3xB3xII", part.flag, part.kind, part.start // SECTOR, part.size // SECTOR)
         for part in partitions
     )
     if not BOOT_CODE.exists():

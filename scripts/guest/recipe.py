@@ -22,7 +22,8 @@ class Recipe:
     def __init__(self, out: Path, files: Iterable[Path], options: Sequence[str | None]) -> None:
         self._out = out
         self._stamp = out.with_name(out.name + ".stamp")
-        self._inputs = {"files": _digest(files), "options": list(options)}
+        # Hashed, since an option may be a password.
+        self._inputs = {"files": _digest(files), "options": _hash(map(repr, options))}
         self._apt = _apt_state()
         self.versions: dict[str, str] = {}
 
@@ -57,7 +58,7 @@ class Recipe:
 
 
 def candidate_versions(packages: Sequence[str]) -> dict[str, str]:
-    """The versions that apt would install, by package; a metapackage stands for its kernel.
+    """Ask apt which versions it would install, by package; a metapackage stands for its kernel.
 
     Raises:
         BuildError: apt knows no such package.
@@ -101,7 +102,7 @@ def _show(packages: Sequence[str]) -> list[str]:
 
 
 def _split(paragraph: str) -> dict[str, str]:
-    """The one-line fields of a package's description."""
+    """Read the one-line fields of a package's description."""
     lines = (line.partition(": ") for line in paragraph.splitlines() if not line.startswith(" "))
     return {name: value for name, _, value in lines}
 

@@ -73,7 +73,8 @@ class CreateInstance:
         _check_fit(instance, image)
         described = {port.metadata.id: port for port in ports if port is not None}
         await self._database.write(_record_reserved, instance, image, described)
-        job.detail = f"{len(instance.nics)} port(s), {len(instance.volumes)} volume(s), image {image.metadata.name}"
+        counts = f"{len(instance.nics)} port(s), {len(instance.volumes)} volume(s)"
+        job.detail = f"{counts}, image {image.metadata.name}"
 
     async def _reserve_port(
         self, job: Job, instance: Any, nic: dict[str, Any], spec: instance_pb2.InstanceSpec

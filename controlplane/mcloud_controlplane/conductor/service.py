@@ -75,7 +75,10 @@ class DomainServicer(domain_service_pb2_grpc.DomainServiceServicer):
             start_time=convert.timestamp(auth.call().receive_time),
             end_time=convert.timestamp(database.now()),
         )
-        auth.call().trailing.append(("mcloud-step-bin", step.SerializeToString()))
+        if spec.operation_id:
+            await self._database.write(
+                workflows.save_trace, model.shared, spec.operation_id, 1, [step]
+            )
         return spec
 
     async def GetDomain(

@@ -56,6 +56,7 @@ def validate(message: Message) -> None:
     violations = [
         error_details_pb2.BadRequest.FieldViolation(field=path, description=text)
         for path, text in _violations(message, "")
+        if _counts(message, path)
     ]
     if violations:
         first = violations[0]
@@ -99,6 +100,14 @@ def enum_value(name: str, enum: Any) -> Any:
 @cache
 def _enum_prefix(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper() + "_"
+
+
+def _counts(message: Message, path: str) -> bool:
+    """Tell whether a field is asked for: of an update's spec only what its mask names is."""
+    if "update_mask" not in message.DESCRIPTOR.fields_by_name or not path.startswith("spec."):
+        return True
+    named: list[str] = list(getattr(message, "update_mask").paths)  # noqa: B009 (of some messages)
+    return any((path + ".").startswith(name + ".") or path.startswith(name + "[") for name in named)
 
 
 def _violations(message: Message, prefix: str) -> Iterator[tuple[str, str]]:

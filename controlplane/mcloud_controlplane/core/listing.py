@@ -199,6 +199,7 @@ async def watch(
     load: Callable[[list[str]], Mapping[str, Message]],
     *,
     everybody: bool = False,
+    with_shared: bool = False,
 ) -> AsyncIterator[Event]:
     """Follow the changes of a type of resource, in the order of their commits, for ever.
 
@@ -206,6 +207,7 @@ async def watch(
         load: returns the messages of those ids that still exist, in a constant number of
             statements; called within a unit.
         everybody: the resources have no project, or are seen by all.
+        with_shared: changes logged without a project are of resources that all see.
 
     Raises:
         errors.OutOfRange: REVISION_COMPACTED.
@@ -231,7 +233,8 @@ async def watch(
         if request.id:
             query = query.where(table.resource_id == request.id)
         if not every:
-            query = query.where(table.project_id == caller.project_id)
+            projects = [caller.project_id, ""] if with_shared else [caller.project_id]
+            query = query.where(table.project_id.in_(projects))
         rows = list(query.order_by(table.revision, table.number).limit(_BATCH))
         messages = load(list({row.resource_id for row in rows}))
         events = [_event(row, kind, messages.get(row.resource_id)) for row in rows]

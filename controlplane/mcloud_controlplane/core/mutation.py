@@ -83,7 +83,6 @@ class Frame:
         store: the database.
         shared: its shared tables.
         prefix: of its operations' ids.
-        wake: called after a commit that started a workflow.
     """
 
     def __init__(
@@ -91,12 +90,10 @@ class Frame:
         store: database.Database,
         shared: tables.Tables,
         prefix: str,
-        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._database = store
         self._tables = shared
         self._prefix = prefix
-        self._wake = wake
 
     async def mutate(
         self, request: Any, unit: Callable[[Mutation, Any], Message | None]
@@ -130,8 +127,6 @@ class Frame:
         for step in mutation._steps:
             self._tables.operation_step.insert(operation_id=operation_id, **step).execute()
         tables.changed("operation", row.id, row.project_id, "ADDED")
-        if mutation._workflow:
-            database.unit().after_commit.append(self._wake)
         return operations.get(self._tables, operation_id)
 
     def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:

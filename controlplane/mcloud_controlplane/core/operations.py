@@ -95,10 +95,9 @@ def _progress(row: Any, steps: Sequence[Any]) -> int:
 class OperationServicer:
     """Serves `mcloud.<domain>.v1.OperationService` over one database."""
 
-    def __init__(self, store: database.Database, shared: tables.Tables, wake: Any = None) -> None:
+    def __init__(self, store: database.Database, shared: tables.Tables) -> None:
         self._database = store
         self._tables = shared
-        self._wake = wake
 
     async def GetOperation(
         self, request: operation_pb2.GetOperationRequest, context: auth.Context
@@ -140,10 +139,7 @@ class OperationServicer:
         self, request: operation_pb2.CancelOperationRequest, context: auth.Context
     ) -> Operation:
         """Ask its runner to undo it."""
-        operation = await self._database.write(self._cancel, auth.caller(), request)
-        if self._wake is not None:
-            self._wake()
-        return operation
+        return await self._database.write(self._cancel, auth.caller(), request)
 
     async def _follow(self, caller: auth.Caller, id_: str) -> AsyncIterator[Operation]:
         seen = b""

@@ -130,38 +130,34 @@ class Runner:
         self._owner = secrets.token_hex(6)
         self._held: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._woken = asyncio.Event()
-
-    def wake(self) -> None:
-        """Look for work now; may be called from any thread."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._woken.set)
+        self._event = asyncio.Event()
 
     async def run(self) -> None:
         """Take and run operations until cancelled; then leave them to others."""
-        self._loop = asyncio.get_running_loop()
         renewing = asyncio.create_task(self._renew())
         try:
-            while True:
-                self._woken.clear()
-                await self._take_all()
-                try:
-                    async with asyncio.timeout(_POLL_S):
-                        await self._woken.wait()
-                except TimeoutError:
-                    continue
+            with self._database.listening() as event:
+                self._event = event
+                while True:
+                    event.clear()
+                    await self._take_all()
+                    try:
+                        async with asyncio.timeout(_POLL_S):
+                            await event.wait()
+                    except TimeoutError:
+                        continue
         finally:
             renewing.cancel()
             for task in self._held.values():
                 task.cancel()
 
     async def _take_all(self) -> None:
+        """Take what is free, as far as there is room, and hear of cancellations."""
         room = self._concurrency - len(self._held)
-        if room <= 0:
-            return
         try:
-            taken, cancelled = await self._database.write(self._take, room)
+            # Most wake-ups are for something else: look first, without a writer's turn.
+            free, cancelled = await self._database.read(self._look, room)
+            taken = await self._database.write(self._take, free) if free else []
         except errors.Error as error:
             log.warning("workflow runner could not take work", reason=error.reason)
             return
@@ -175,9 +171,9 @@ class Runner:
     def _left(self, id_: str, _: asyncio.Task[None]) -> None:
         self._held.pop(id_, None)
         self._cancelled.pop(id_, None)
-        self._woken.set()
+        self._event.set()
 
-    def _take(self, room: int) -> tuple[list[Any], list[str]]:
+    def _look(self, room: int) -> tuple[list[tuple[str, int]], list[str]]:
         table = self._tables.operation
         moment = database.now()
         free = (
@@ -189,35 +185,36 @@ class Runner:
                 & (table.not_before <= moment)
             )
             .order_by(table.create_time)
-            .limit(room)
+            .limit(max(room, 0))
         )
+        held = list(self._held)
+        cancelled = table.select(table.id).where(
+            table.id.in_(held) & table.cancel_requested & (table.state == "RUNNING")
+        )
+        return (
+            [(row.id, row.lease_number) for row in free],
+            [row.id for row in cancelled] if held else [],
+        )
+
+    def _take(self, free: list[tuple[str, int]]) -> list[Any]:
+        table = self._tables.operation
+        moment = database.now()
         taken = []
-        for row in list(free):
+        for id_, number in free:
             won = (
                 table.update(
                     lease_owner=self._owner,
-                    # Higher than any of the operations before on the same resource, whose effects
-                    # in other databases carried theirs; so it begins with the time.
-                    lease_number=max(row.lease_number + 1, moment),
+                    # Higher than those of earlier operations on the same resource, which went with
+                    # their effects in other databases: hence the time.
+                    lease_number=max(number + 1, moment),
                     lease_expire_time=moment + LEASE_S * 1_000_000,
                 )
-                .where((table.id == row.id) & (table.lease_number == row.lease_number))
+                .where((table.id == id_) & (table.lease_number == number))
                 .execute()
             )
             if won:
-                taken.append(table.get_by_id(row.id))
-        held = list(self._held)
-        cancelled = (
-            [
-                row.id
-                for row in table.select(table.id).where(
-                    table.id.in_(held) & table.cancel_requested & (table.state == "RUNNING")
-                )
-            ]
-            if held
-            else []
-        )
-        return taken, cancelled
+                taken.append(table.get_by_id(id_))
+        return taken
 
     async def _renew(self) -> None:
         """Keep every lease that is held, in one statement."""

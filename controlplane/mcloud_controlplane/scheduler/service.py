@@ -131,7 +131,8 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                 continue
             try:
                 answer = await self._decide(queued)
-            except errors.Error as error:
+            except Exception as error:
+                # Whatever it is, it is this request's; the next one is decided all the same.
                 if not queued.answer.done():
                     queued.answer.set_exception(error)
             else:

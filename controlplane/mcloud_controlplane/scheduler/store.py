@@ -172,7 +172,8 @@ def _insert_if_room(
     fn = peewee.fn
 
     def used(column: Any) -> Any:
-        return Claim.select(fn.COALESCE(fn.SUM(column), 0)).where(Claim.host_id == host_id)
+        # (A select itself takes + for UNION.)
+        return fn.COALESCE(Claim.select(fn.SUM(column)).where(Claim.host_id == host_id), 0)
 
     def value(item: Any, kind: str) -> Any:
         return peewee.Value(item).cast(kind)  # PostgreSQL cannot tell a parameter's type here

@@ -1,0 +1,104 @@
+"""What the agent remembers of each domain: it survives the agent, and is enough to adopt guests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from mcloud.common.v1 import operation_pb2
+from mcloud.conductor.v1 import domain_pb2
+from mcloud.network.v1 import port_service_pb2
+from mcloud_agents.compute import files
+
+log = structlog.get_logger()
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+@dataclass
+class Record:
+    """One domain: what is desired of it, how far that has been done, and with what."""
+
+    domain_id: str
+    instance_id: str = ""
+    epoch: str = ""
+    generation: int = 0  # of the newest desired state
+    absent: bool = False  # it is desired to be gone
+    reached: int = 0  # generation that has been done, in `epoch`
+    attempt: int = 0  # at `generation`
+    root_disk_made: bool = False  # if it is missing now, data have been lost
+    config_digest: str = ""  # of the config drive's documents
+    gone_time: float = 0.0  # when it was reported absent; seconds since 1970
+    # The newest spec, without its token; the guest's documents are made from it.
+    spec: domain_pb2.DomainSpec | None = None
+    bindings: list[port_service_pb2.BindPortResponse] = field(default_factory=list)
+    steps: list[operation_pb2.OperationStep] = field(default_factory=list)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the domain has been removed, as was desired."""
+        return self.absent and self.reached == self.generation
+
+
+class RecordStore:
+    """A directory with a file for each record, 0600: they hold user data."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        files.make_private_directory(directory)
+
+    def load(self) -> Iterator[Record]:
+        """Read every record; one that cannot be read is left where it is, and told."""
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                yield _decode(json.loads(path.read_text()))
+            except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
+                log.error("record not readable", path=str(path), error=type(error).__name__)
+
+    async def save(self, record: Record) -> None:
+        """Write a record; after a crash it is this one or the one before."""
+        text = json.dumps(_encode(record), indent=1)
+        path = self._path(record.domain_id)
+        await files.in_thread(files.write_atomically, path, text.encode())
+
+    def remove(self, domain_id: str) -> None:
+        """Forget a record."""
+        self._path(domain_id).unlink(missing_ok=True)
+
+    def _path(self, domain_id: str) -> Path:
+        return self._directory / f"{domain_id}.json"
+
+
+def _encode(record: Record) -> dict[str, Any]:
+    return {
+        **vars(record),
+        "spec": _to_dict(record.spec) if record.spec else None,
+        "bindings": [_to_dict(binding) for binding in record.bindings],
+        "steps": [_to_dict(step) for step in record.steps],
+    }
+
+
+def _decode(saved: dict[str, Any]) -> Record:
+    spec, bindings, steps = saved.pop("spec"), saved.pop("bindings"), saved.pop("steps")
+    return Record(
+        **saved,
+        spec=_from_dict(spec, domain_pb2.DomainSpec) if spec else None,
+        bindings=[_from_dict(each, port_service_pb2.BindPortResponse) for each in bindings],
+        steps=[_from_dict(each, operation_pb2.OperationStep) for each in steps],
+    )
+
+
+def _to_dict(message: Message) -> dict[str, Any]:
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def _from_dict(value: dict[str, Any], kind: type[MessageT]) -> MessageT:
+    # An older or newer agent may have written it.
+    return json_format.ParseDict(value, kind(), ignore_unknown_fields=True)

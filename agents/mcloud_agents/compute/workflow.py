@@ -1,0 +1,273 @@
+"""Steps 8 to 16 on the host: from the name of a desired domain to the domain.
+
+Every step may be repeated: what is there stays, what is missing is made.
+
+ 8 agent   pick the domain up; ask for its spec         (9 conductor: answers)
+10 agent   ask image for metadata and bytes             (11 image: authorizes, answers)
+12 agent   ask network to bind the ports                (13 network: authorizes, answers)
+14 agent   ask volume to connect the attachments        (15 volume: authorizes, answers)
+16 agent   define and start
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from mcloud.conductor.v1 import domain_pb2
+from mcloud.image.v1 import image_pb2
+from mcloud.network.v1 import dataplane_pb2
+from mcloud_agents.compute import config_drive, files, guest_data, image_cache
+from mcloud_agents.compute.driver import (
+    Domain,
+    Driver,
+    ResolvedDisk,
+    ResolvedDomain,
+    ResolvedNic,
+    RootDisk,
+)
+from mcloud_agents.compute.image_cache import CachedImage, ImageCache
+from mcloud_agents.compute.record import Record, RecordStore
+from mcloud_agents.compute.services import Attachments, Conductor, Dataplane, Images, Ports
+from mcloud_agents.compute.steps import StepLog
+from mcloud_base.errors import Conflict, DataLoss, WrongState
+
+_FORMATS = {image_pb2.DISK_FORMAT_QCOW2: "qcow2", image_pb2.DISK_FORMAT_RAW: "raw"}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Everything that the steps work with; one for all domains."""
+
+    instances_dir: Path
+    driver: Driver
+    cache: ImageCache
+    store: RecordStore
+    conductor: Conductor
+    images: Images
+    ports: Ports
+    attachments: Attachments
+    dataplane: Dataplane
+    physical_bridges: Mapping[str, str] = field(default_factory=dict)
+    dataplane_deadline_s: float = 60.0
+
+    def directory(self, domain_id: str) -> Path:
+        """Where a domain's files are; removed with it."""
+        return self.instances_dir / domain_id
+
+
+async def ensure(place: Workplace, record: Record, steps: StepLog) -> Domain:
+    """Bring a domain to what its conductor says it is to be; keep `record` true throughout."""
+    spec, token = await _ask_for_spec(place, record, steps)  # 8, 9
+    root_disk = await _ensure_root_disk(place, record, spec, token, steps)  # 10, 11
+    nics = await _bind_ports(place, record, spec, token, steps)  # 12, 13
+    disks = await _connect_attachments(place, spec, token, steps)  # 14, 15
+    with steps.step(16):
+        directory = place.directory(spec.domain_id)
+        wanted = ResolvedDomain(
+            spec=spec,
+            root_disk=root_disk,
+            console_log=directory / "console.log",
+            config_drive=await _ensure_config_drive(place, record, spec),
+            nics=nics,
+            disks=disks,
+        )
+        domain = await place.driver.ensure(wanted)
+    record.reached = spec.generation
+    return domain
+
+
+async def remove(place: Workplace, record: Record) -> None:
+    """Have nothing left of a domain but the record that it is gone."""
+    await place.driver.ensure_absent(record.domain_id, record.epoch, record.generation)
+    await files.in_thread(_remove_tree, place.directory(record.domain_id))
+    record.reached = record.generation
+    record.root_disk_made = False
+    record.config_digest = ""
+    record.spec = None
+    record.bindings = []
+    record.steps = []
+
+
+async def _ask_for_spec(
+    place: Workplace, record: Record, steps: StepLog
+) -> tuple[domain_pb2.DomainSpec, str]:
+    """8. Take the domain up; its spec, and the token for this attempt only."""
+    with steps.step(8):
+        spec = await place.conductor.get_domain_spec(record.domain_id, record.epoch)
+        same = (spec.domain_id, spec.epoch) == (record.domain_id, record.epoch)
+        if not same or spec.generation < record.generation:
+            raise Conflict(
+                "STALE_SPEC",
+                f"asked for generation {record.generation} of {record.domain_id}, "
+                f"the conductor answered with {spec.generation} of {spec.domain_id}",
+            )
+        token, spec.delegated_token = spec.delegated_token, ""
+        record.generation = spec.generation
+        record.instance_id = spec.instance_id
+        record.spec = spec
+        await place.store.save(record)
+        await files.in_thread(files.make_private_directory, place.directory(spec.domain_id))
+    return spec, token
+
+
+async def _ensure_root_disk(
+    place: Workplace,
+    record: Record,
+    spec: domain_pb2.DomainSpec,
+    token: str,
+    steps: StepLog,
+) -> RootDisk:
+    """10. An overlay over the image; the image is asked for only if there is none yet.
+
+    Raises:
+        DataLoss: ROOT_DISK_LOST, BASE_IMAGE_LOST: made once, and not there any more. A new one
+            would hide it.
+    """
+    wanted = spec.root_disk
+    overlay = place.directory(spec.domain_id) / "root.qcow2"
+    if overlay.exists():
+        base = await place.cache.find(wanted.image_sha256, wanted.image_format)
+        if base is None:
+            raise DataLoss("BASE_IMAGE_LOST", f"the image below {overlay} is not there any more")
+        steps.skip("the root disk is there", 10, 11)
+    elif record.root_disk_made:
+        raise DataLoss("ROOT_DISK_LOST", f"{overlay} is not there any more")
+    else:
+        base = await _ensure_image(place, spec, token, steps)
+        await image_cache.ensure_overlay(overlay, base, wanted.size_gib)
+    if not record.root_disk_made:
+        record.root_disk_made = True
+        await place.store.save(record)
+    return RootDisk(overlay, base.path, base.format)
+
+
+async def _ensure_image(
+    place: Workplace, spec: domain_pb2.DomainSpec, token: str, steps: StepLog
+) -> CachedImage:
+    """10. Ask the image service, also for bytes that are here: it decides who may have them."""
+    wanted = spec.root_disk
+    source = partial(_download, place.images, wanted.image_id, token, steps)
+    with steps.step(10) as row:
+        image = await place.images.get(wanted.image_id, token, steps.collect)
+        told = (image.status.sha256, _FORMATS.get(image.spec.disk_format, ""))
+        if told != (wanted.image_sha256, wanted.image_format):
+            raise WrongState(
+                "IMAGE_CHANGED", f"image {wanted.image_id} is not what the instance was made from"
+            )
+        digest, image_format, size_bytes = *told, image.status.size_bytes
+        base = await place.cache.find(digest, image_format)
+        if base is None:
+            base = await place.cache.ensure(digest, image_format, size_bytes, source)
+            row.detail = f"{size_bytes} bytes"
+        elif not steps.has(11):
+            async for _ in source(size_bytes):  # nothing is left to send, but to be allowed
+                pass
+        row.detail = row.detail or "cached"
+    return base
+
+
+def _download(
+    images: Images, image_id: str, token: str, steps: StepLog, offset: int
+) -> AsyncIterator[bytes]:
+    return images.download(image_id, token, offset, steps.collect)
+
+
+async def _bind_ports(
+    place: Workplace,
+    record: Record,
+    spec: domain_pb2.DomainSpec,
+    token: str,
+    steps: StepLog,
+) -> tuple[ResolvedNic, ...]:
+    """12. Bind each port to this host, then wait until its network and its rules are in place."""
+    if not spec.nics:
+        steps.skip("no NIC was asked for", 12, 13)
+        record.bindings = []
+        return ()
+    with steps.step(12):
+        responses = [
+            await place.ports.bind(
+                nic.port_id, spec.domain_id, spec.generation, token, steps.collect
+            )
+            for nic in spec.nics
+        ]
+        generation = max(response.dataplane_generation for response in responses)
+        await place.dataplane.wait_generation(generation, place.dataplane_deadline_s)
+        # Before the guest starts: it will ask for its documents.
+        record.bindings = responses
+        await place.store.save(record)
+    return tuple(
+        ResolvedNic(
+            binding=response.binding,
+            bridge=bridge_name(response.network, place.physical_bridges),
+            mtu=response.network.mtu,
+        )
+        for response in responses
+    )
+
+
+def bridge_name(segment: dataplane_pb2.NetworkSegment, physical: Mapping[str, str]) -> str:
+    """Return the bridge of a network on this host.
+
+    Raises:
+        WrongState: PHYSICAL_NETWORK_UNKNOWN.
+    """
+    if not segment.physical_network:
+        return f"mcbr{segment.vni}"
+    if bridge := physical.get(segment.physical_network):
+        return bridge
+    raise WrongState(
+        "PHYSICAL_NETWORK_UNKNOWN", f"this host has no network {segment.physical_network!r}"
+    )
+
+
+async def _connect_attachments(
+    place: Workplace, spec: domain_pb2.DomainSpec, token: str, steps: StepLog
+) -> tuple[ResolvedDisk, ...]:
+    """14. Have each volume served to this host."""
+    if not spec.disks:
+        steps.skip("no volume was asked for", 14, 15)
+        return ()
+    disks = []
+    with steps.step(14):
+        for disk in spec.disks:
+            response = await place.attachments.connect(
+                disk.attachment_id, spec.domain_id, spec.generation, token, steps.collect
+            )
+            disks.append(ResolvedDisk(disk.device, disk.volume_id, response.nbd))
+    return tuple(disks)
+
+
+async def _ensure_config_drive(
+    place: Workplace, record: Record, spec: domain_pb2.DomainSpec
+) -> Path | None:
+    if not spec.config.config_drive:
+        return None
+    path = place.directory(spec.domain_id) / "config-drive.iso"
+    documents = guest_data.on_drive(documents_of(record))
+    text = b"".join(key.encode() + b"\0" + documents[key] + b"\0" for key in sorted(documents))
+    digest = hashlib.sha256(text).hexdigest()
+    if record.config_digest != digest or not path.exists():
+        await files.in_thread(config_drive.write, path, documents)
+        record.config_digest = digest
+        await place.store.save(record)
+    return path
+
+
+def documents_of(record: Record) -> dict[str, bytes]:
+    """Return what the guest of a record is told; nothing before its spec is known."""
+    if record.spec is None:
+        return {}
+    nics = [(response.binding, response.network) for response in record.bindings]
+    return guest_data.documents(record.spec, nics)
+
+
+def _remove_tree(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory)

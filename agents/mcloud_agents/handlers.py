@@ -1,0 +1,143 @@
+"""What fits the parts of the agent to their sessions (session.Handler) and to each other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from mcloud.common.v1 import session_pb2
+from mcloud.conductor.v1 import domain_pb2
+from mcloud.network.v1 import dataplane_pb2
+from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
+from mcloud_base import errors
+
+if TYPE_CHECKING:
+    from mcloud_agents.compute.driver import HostFacts
+
+State = domain_pb2.DomainStatus.State
+
+
+class Dataplane(Protocol):
+    """What is used of network.dataplane.Dataplane."""
+
+    async def apply(
+        self, desired: dataplane_pb2.HostDataplane
+    ) -> dataplane_pb2.HostDataplaneStatus:
+        """Bring the host to a document, or raise one of errors."""
+        ...
+
+    async def artifacts(self) -> Sequence[session_pb2.Artifact]:
+        """Return everything of the network's that is on the host."""
+        ...
+
+
+class DataplaneHandler:
+    """The network part; also tells others how far it is."""
+
+    def __init__(self, dataplane: Dataplane) -> None:
+        self._dataplane = dataplane
+        self._changed = asyncio.Condition()
+        self._last = session_pb2.Observed()  # of the document that has been reached
+
+    async def apply(self, desired: session_pb2.Desired) -> session_pb2.Observed:
+        """Bring the network to the document; a tombstone stands for the empty one."""
+        document = dataplane_pb2.HostDataplane()
+        if not desired.absent and not desired.spec.Unpack(document):
+            raise errors.InvalidArgument(
+                "UNKNOWN_SPEC", f"{desired.spec.type_url} is not known to this agent"
+            )
+        status = await self._dataplane.apply(document)
+        observed = session_pb2.Observed(
+            id=desired.id,
+            epoch=desired.epoch,
+            generation=desired.generation,
+            absent=desired.absent,
+        )
+        observed.status.Pack(status)
+        async with self._changed:
+            self._last = observed
+            self._changed.notify_all()
+        return observed
+
+    async def observe_all(self) -> Sequence[session_pb2.Observed]:
+        """Return the document that has been reached since the agent's start."""
+        return [self._last] if self._last.id else []
+
+    async def artifacts(self) -> Sequence[session_pb2.Artifact]:
+        """Return everything of the network's."""
+        return await self._dataplane.artifacts()
+
+    async def wait_generation(self, generation: int, deadline_s: float) -> None:
+        """Return once the network has reached a generation of the document.
+
+        Raises:
+            Unavailable: DATAPLANE_BEHIND: it has not, by the deadline.
+        """
+        try:
+            async with asyncio.timeout(deadline_s), self._changed:
+                await self._changed.wait_for(lambda: self._last.generation >= generation)
+        except TimeoutError as error:
+            raise errors.Unavailable(
+                "DATAPLANE_BEHIND",
+                f"the host's network is at generation {self._last.generation} after "
+                f"{deadline_s:.0f} s; it should be at {generation}",
+                generation=self._last.generation,
+            ) from error
+
+
+class StateChanges:
+    """Passes reports of domains on, and tells when one says another state than the last."""
+
+    def __init__(
+        self, report: Callable[[session_pb2.Observed], None], changed: Callable[[], None]
+    ) -> None:
+        self._report = report
+        self._changed = changed
+        self._states: dict[str, State.ValueType] = {}
+
+    def report(self, observed: session_pb2.Observed) -> None:
+        """Pass a report on."""
+        self._report(observed)
+        state = state_of(observed)
+        if state == State.STATE_ABSENT:
+            known = self._states.pop(observed.id, state)
+        else:
+            known = self._states.get(observed.id, State.STATE_UNSPECIFIED)
+            self._states[observed.id] = state
+        if state != known:
+            self._changed()
+
+
+def state_of(observed: session_pb2.Observed) -> State.ValueType:
+    """Return the state that a report of a domain says."""
+    status = domain_pb2.DomainStatus()
+    observed.status.Unpack(status)
+    return status.state
+
+
+def host_report(
+    facts: HostFacts,
+    reserved: placement_pb2.Resources,
+    observed: Sequence[session_pb2.Observed],
+) -> placement_service_pb2.ReportHostRequest:
+    """Return what the scheduler is to know; who the host is, is filled in by the caller."""
+    report = placement_service_pb2.ReportHostRequest(
+        total=placement_pb2.Resources(
+            vcpu_count=facts.vcpu_count, memory_mib=facts.memory_mib, disk_gib=facts.disk_gib
+        ),
+        reserved=reserved,
+        hypervisor_type=facts.hypervisor_type,
+        hypervisor_version=facts.hypervisor_version,
+        cpu_arch=facts.cpu_arch,
+        traits=facts.traits,
+    )
+    for domain in observed:
+        state = state_of(domain)
+        if state != State.STATE_ABSENT:
+            report.domains.add(
+                domain_id=domain.id,
+                state=State.Name(state).removeprefix("STATE_"),
+                generation=domain.generation,
+            )
+    return report

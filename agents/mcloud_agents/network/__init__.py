@@ -1,0 +1,1 @@
+"""The dataplane of a host: bridges, overlay, packet filters, DHCP, metadata and routers."""

@@ -1,0 +1,1 @@
+"""Images: what instances are started from, their bytes, and who uses them."""

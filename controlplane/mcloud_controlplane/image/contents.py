@@ -1,0 +1,229 @@
+"""The bytes of images: files in one directory, read and written in bounded threads.
+
+A file that is being uploaded is "ID.partial", locked by its writer; a whole one is "ID". It gets
+that name only when its bytes are on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from mcloud_base import errors
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 1 << 20
+_HASH_BYTES = 8 << 20  # hashed at a time when going on with a partial file
+_THREADS = 8
+
+
+class Partial:
+    """The file of an upload. Methods block; run them with `Contents.run`.
+
+    Each is done whole before another begins: a write whose caller was cancelled is still being
+    done when the file is closed.
+    """
+
+    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._descriptor = descriptor
+        self._digest = hashlib.sha256()
+        self._hashed = 0
+        self._lock = threading.Lock()
+
+    def hash_some(self) -> bool:
+        """Hash a piece of what was there before; return whether there is more."""
+        with self._lock:
+            piece = os.pread(
+                self._descriptor, min(_HASH_BYTES, self.size - self._hashed), self._hashed
+            )
+            self._digest.update(piece)
+            self._hashed += len(piece)
+            return self._hashed < self.size and bool(piece)
+
+    def write(self, chunk: bytes) -> None:
+        """Append to it.
+
+        Raises:
+            errors.Exhausted: STORE_FULL.
+        """
+        with self._lock, _full_told():
+            view = memoryview(chunk)
+            while view:
+                written = os.pwrite(self._descriptor, view, self.size)
+                self._digest.update(view[:written])
+                self.size += written
+                self._hashed = self.size
+                view = view[written:]
+
+    def sha256(self) -> str:
+        """Return the digest of its bytes, hexadecimal."""
+        with self._lock:
+            assert self._hashed == self.size
+            return self._digest.hexdigest()
+
+    def commit(self, path: Path) -> None:
+        """Give it its final name, once its bytes are on the disk.
+
+        Raises:
+            errors.Exhausted: STORE_FULL.
+        """
+        with self._lock, _full_told():
+            os.fsync(self._descriptor)
+            self.path.replace(path)
+            _sync_directory(path.parent)
+
+    def discard(self) -> None:
+        """Remove it, while it is still locked."""
+        with self._lock:
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> int:
+        """Unlock it; return its size."""
+        with self._lock:
+            os.close(self._descriptor)
+            return self.size
+
+
+class Contents:
+    """The directory.
+
+    Args:
+        directory: made if missing; only its owner may enter it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory.absolute()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="image-contents")
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Run what blocks."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def path(self, image_id: str) -> Path:
+        """Return where the bytes of an image are once they have been accepted."""
+        return self._directory / image_id
+
+    async def open_partial(self, image_id: str, known_bytes: int) -> Partial | None:
+        """Open, or make, the file of an upload; None if another process has it.
+
+        Args:
+            known_bytes: what is beyond was written but never noted, and is cut off.
+        """
+        path = self._directory / f"{image_id}.partial"
+        return await self.run(_open_partial, path, known_bytes)
+
+    async def remove(self, image_id: str) -> None:
+        """Remove what there is of an image."""
+        await self.run(self.path(image_id).unlink, True)
+        await self.run((self._directory / f"{image_id}.partial").unlink, True)
+
+    async def read(
+        self, image_id: str, offset: int, size_bytes: int, sha256: str
+    ) -> AsyncIterator[bytes]:
+        """Yield the bytes from an offset on; the next are read while these are sent.
+
+        Read from the beginning they are checked against the digest as well.
+
+        Raises:
+            errors.DataLoss: IMAGE_CORRUPT.
+        """
+        descriptor = await self.run(_open_content, self.path(image_id))
+        digest = hashlib.sha256()
+        position = offset
+        ahead: asyncio.Future[bytes] | None = None
+        try:
+            if (await self.run(os.fstat, descriptor)).st_size != size_bytes:
+                raise _corrupt(image_id)
+            ahead = asyncio.ensure_future(self._read(descriptor, position, digest))
+            while chunk := await ahead:
+                position += len(chunk)
+                ahead = asyncio.ensure_future(self._read(descriptor, position, digest))
+                yield chunk
+            if position != size_bytes or (offset == 0 and digest.hexdigest() != sha256):
+                raise _corrupt(image_id)
+        finally:
+            # The reading thread must have left the file before it is closed.
+            if ahead is not None and not ahead.done():
+                ahead.add_done_callback(lambda _: os.close(descriptor))
+            else:
+                os.close(descriptor)
+
+    async def _read(self, descriptor: int, position: int, digest: hashlib._Hash) -> bytes:
+        def read() -> bytes:
+            chunk = os.pread(descriptor, CHUNK_BYTES, position)
+            digest.update(chunk)
+            return chunk
+
+        return await self.run(read)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _open_partial(path: Path, known_bytes: int) -> Partial | None:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its former writer may have given it its final name between our opening and locking.
+            if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+                os.close(descriptor)
+                continue
+            if os.fstat(descriptor).st_size > known_bytes:
+                os.ftruncate(descriptor, known_bytes)
+            return Partial(path, descriptor, os.fstat(descriptor).st_size)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+
+
+def _open_content(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise _corrupt(path.name) from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _corrupt(image_id: str) -> errors.DataLoss:
+    return errors.DataLoss(
+        "IMAGE_CORRUPT",
+        f"the stored bytes of image {image_id} have changed; upload it anew as another image",
+        id=image_id,
+    )
+
+
+class _full_told:  # noqa: N801 (used like a function)
+    """Turns a full disk into its error."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise errors.Exhausted(
+                "STORE_FULL", "the image store is full; the operator has to make room"
+            ) from error

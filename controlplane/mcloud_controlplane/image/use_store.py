@@ -1,0 +1,98 @@
+"""Who uses an image, in the database; and what may be removed because nobody does."""
+
+from __future__ import annotations
+
+from mcloud.image.v1 import image_service_pb2
+from mcloud_base import errors
+from mcloud_controlplane.core import database, effects
+from mcloud_controlplane.image import image_store
+from mcloud_controlplane.image.model import Image, ImageUse, locked, shared
+
+_PAGE = 1000
+
+
+def ensure(request: image_service_pb2.EnsureImageUseRequest) -> image_service_pb2.ImageUse:
+    """Record a use.
+
+    Raises:
+        errors.NotFound: IMAGE_NOT_FOUND.
+        errors.WrongState: IMAGE_NOT_ACTIVE, ID_RETIRED.
+        errors.Conflict: STALE_LEASE.
+    """
+    effects.ensure_may(shared, _key(request), request.lease_number)
+    here = (ImageUse.instance_id == request.instance_id) & (ImageUse.image_id == request.image_id)
+    use = ImageUse.get_or_none(here)
+    if use is not None:
+        return message(use)
+    # The lock keeps the sweeper from removing the bytes meanwhile.
+    row = locked(
+        Image.select().where((Image.id == request.image_id) & Image.delete_time.is_null())
+    ).first()
+    if row is None or (row.project_id != request.project_id and row.visibility != "PUBLIC"):
+        raise image_store.not_found(request.image_id)
+    if row.state != "ACTIVE":
+        raise errors.WrongState(
+            "IMAGE_NOT_ACTIVE", f"image {row.id} is {row.state}; upload its bytes", id=row.id
+        )
+    use = ImageUse.create(
+        instance_id=request.instance_id, image_id=row.id, project_id=request.project_id
+    )
+    return message(use)
+
+
+def release(request: image_service_pb2.ReleaseImageUseRequest) -> None:
+    """Remove a use, and let it never come again.
+
+    Raises:
+        errors.Conflict: STALE_LEASE.
+    """
+    effects.retire(shared, _key(request), request.lease_number)
+    ImageUse.delete().where(
+        (ImageUse.instance_id == request.instance_id) & (ImageUse.image_id == request.image_id)
+    ).execute()
+
+
+def list_after(instance_id: str) -> list[image_service_pb2.ImageUse]:
+    """Return uses by instance id; those of one instance are never parted."""
+    order = (ImageUse.instance_id, ImageUse.image_id)
+    query = ImageUse.select().where(ImageUse.instance_id > instance_id).order_by(*order)
+    rows = list(query.limit(_PAGE))
+    if len(rows) == _PAGE:
+        last = rows[-1]
+        rows += ImageUse.select().where(
+            (ImageUse.instance_id == last.instance_id) & (ImageUse.image_id > last.image_id)
+        )
+    return [message(row) for row in rows]
+
+
+def message(row: ImageUse) -> image_service_pb2.ImageUse:
+    """Return a use's row as its message."""
+    return image_service_pb2.ImageUse(
+        image_id=row.image_id, instance_id=row.instance_id, project_id=row.project_id
+    )
+
+
+def unused(limit: int = 100) -> list[str]:
+    """Return deleted images that nobody uses or writes to."""
+    query = Image.select(Image.id).where(_removable()).order_by(Image.delete_time).limit(limit)
+    return [row.id for row in query]
+
+
+def forget(id_: str) -> None:
+    """Remove the row of an image whose bytes are gone."""
+    Image.delete().where((Image.id == id_) & _removable()).execute()
+
+
+def _removable() -> object:
+    used = ImageUse.select(ImageUse.image_id)
+    return (
+        Image.delete_time.is_null(False)
+        & (Image.upload_expire_time < database.now())
+        & Image.id.not_in(used)
+    )
+
+
+def _key(
+    request: image_service_pb2.EnsureImageUseRequest | image_service_pb2.ReleaseImageUseRequest,
+) -> str:
+    return f"{request.image_id}/{request.instance_id}"

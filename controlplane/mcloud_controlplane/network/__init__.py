@@ -1,0 +1,1 @@
+"""The network service: networks, addresses, ports, groups, routers, and each host's dataplane."""

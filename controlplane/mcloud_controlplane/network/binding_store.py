@@ -1,0 +1,173 @@
+"""Ports of instances: reserved by the conductor, bound by hosts, and given back.
+
+The reservation is keyed by the port's id (for a user's port: with the instance's), the binding by
+port and domain. Both are retired when they end, so that what comes late can change nothing.
+"""
+
+from __future__ import annotations
+
+from mcloud.network.v1 import port_pb2, port_service_pb2
+from mcloud_base import errors
+from mcloud_controlplane.core import auth, database, effects, tables
+from mcloud_controlplane.network import dataplane_document, dataplane_store, port_store
+from mcloud_controlplane.network.model import Port, shared
+
+_PAGE = 1000
+
+
+def ensure(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
+    """Reserve a port for an instance (step 4): made under the id given, or a user's."""
+    key = f"{request.port_id}/{request.instance_id}" if request.existing else request.port_id
+    effects.ensure_may(shared, key, request.lease_number)
+    row = port_store.find_locked(request.port_id)
+    if request.existing:
+        if row is None or row.project_id != request.project_id:
+            raise port_store.not_found(request.port_id)
+    elif row is None:
+        return port_store.message(_make(request))
+    if row.owner_id not in ("", request.instance_id):
+        raise errors.WrongState(
+            "PORT_IN_USE",
+            f"port {row.id} is used by {row.owner_type} {row.owner_id}",
+            owner=row.owner_id,
+        )
+    if not row.owner_id:
+        row.owner_type, row.owner_id = "instance", request.instance_id
+        row.hostname = request.hostname
+        _save(row)
+    return port_store.message(row)
+
+
+def _make(request: port_service_pb2.EnsurePortRequest) -> Port:
+    moment = database.now()
+    columns = {
+        "id": request.port_id,
+        "project_id": request.project_id,
+        "create_time": moment,
+        "update_time": moment,
+        "spec": request.spec.SerializeToString(),
+    }
+    return port_store.insert(
+        columns,
+        request.spec,
+        owner_type="instance",
+        owner_id=request.instance_id,
+        hostname=request.hostname,
+        delete_with_owner=True,
+    )
+
+
+def bind(
+    caller: auth.Caller, request: port_service_pb2.BindPortRequest
+) -> port_service_pb2.BindPortResponse:
+    """Bind a port to the calling host for a domain (step 12); a repeat changes nothing."""
+    delegation = caller.delegation
+    if (
+        delegation is None
+        or request.port_id not in delegation.port_ids
+        or request.domain_id != delegation.domain_id
+    ):
+        raise errors.PermissionDenied(
+            "NOT_DELEGATED",
+            f"the token does not name port {request.port_id} and domain {request.domain_id}",
+        )
+    row = port_store.find_locked(request.port_id)
+    if row is None and not _retired(request.port_id):
+        raise port_store.not_found(request.port_id)
+    if (
+        row is None
+        or row.owner_type != "instance"
+        or _retired(_use(request.port_id, request.domain_id))
+    ):
+        raise errors.WrongState(
+            "ID_RETIRED",
+            f"port {request.port_id} is no longer reserved for domain {request.domain_id}",
+            id=request.port_id,
+        )
+    wanted = (caller.host_id, request.domain_id)
+    if row.host_id and (row.host_id, row.domain_id) != wanted:
+        raise errors.WrongState(
+            "PORT_BOUND_ELSEWHERE",
+            f"port {row.id} is bound to host {row.host_id} for domain {row.domain_id}",
+            host=row.host_id,
+            domain=row.domain_id,
+        )
+    if not row.host_id:
+        row.host_id, row.domain_id = wanted
+        row.state = "BUILD"
+        dataplane_store.lock_around(row)
+        row.save()
+        dataplane_store.bump(dataplane_store.hosts_of_port(row))
+        row.bound_generation = dataplane_store.generation(row.host_id)
+        _save(row)
+    return port_service_pb2.BindPortResponse(
+        binding=dataplane_document.bindings([row])[0],
+        network=dataplane_document.segment(row.network_id, row.host_id),
+        dataplane_generation=row.bound_generation,
+    )
+
+
+def unbind(request: port_service_pb2.UnbindPortRequest) -> port_pb2.Port:
+    """Take a port off a domain that is gone; nothing happens if it is bound to another."""
+    row = port_store.find_locked(request.port_id)
+    effects.retire(shared, _use(request.port_id, request.domain_id), request.lease_number)
+    if row is None:
+        raise port_store.not_found(request.port_id)
+    if row.domain_id == request.domain_id:
+        dataplane_store.lock_around(row)
+        concerned = dataplane_store.hosts_of_port(row)
+        row.host_id = row.domain_id = ""
+        row.state = "DOWN"
+        row.bound_generation = 0
+        _save(row)
+        dataplane_store.bump(concerned)
+    return port_store.message(row)
+
+
+def release(request: port_service_pb2.ReleasePortRequest) -> port_service_pb2.ReleasePortResponse:
+    """End a reservation for good: a made port is deleted, a user's given back."""
+    effects.retire(shared, f"{request.port_id}/{request.instance_id}", request.lease_number)
+    row = Port.get_or_none(Port.id == request.port_id)
+    if row is None or row.delete_with_owner:
+        # Made, or to be made; a reservation that is under way is waited for here.
+        effects.retire(shared, request.port_id, request.lease_number)
+    row = port_store.find_locked(request.port_id)
+    if row is None or row.owner_id != request.instance_id:
+        return port_service_pb2.ReleasePortResponse()
+    if row.host_id:
+        raise errors.WrongState(
+            "PORT_BOUND",
+            f"port {row.id} is bound to host {row.host_id}; unbind it first",
+            host=row.host_id,
+        )
+    if row.delete_with_owner:
+        dataplane_store.bump(port_store.remove(row))
+    else:
+        row.owner_type = row.owner_id = row.hostname = ""
+        _save(row)
+    return port_service_pb2.ReleasePortResponse()
+
+
+def list_owned(
+    request: port_service_pb2.ListOwnedPortsRequest,
+) -> port_service_pb2.ListOwnedPortsResponse:
+    """Return the ports that instances own, by id."""
+    owned = (Port.owner_type == "instance") & (Port.id > request.after_id)
+    rows = list(Port.select().where(owned).order_by(Port.id).limit(_PAGE))
+    return port_service_pb2.ListOwnedPortsResponse(ports=port_store.messages(rows))
+
+
+def _use(port_id: str, domain_id: str) -> str:
+    return f"{port_id}/{domain_id}"
+
+
+def _retired(key: str) -> bool:
+    row = shared.effect.get_or_none(shared.effect.id == key)
+    return row is not None and bool(row.retired)
+
+
+def _save(row: Port) -> None:
+    row.version += 1
+    row.update_time = database.now()
+    row.save()
+    tables.changed("port", row.id, row.project_id)

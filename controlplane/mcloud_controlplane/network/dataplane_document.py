@@ -1,0 +1,267 @@
+"""A host's dataplane, computed from rows: whole, in a constant number of statements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mcloud.network.v1 import dataplane_pb2, subnet_pb2
+from mcloud_controlplane.core import contract
+from mcloud_controlplane.network import address_store
+from mcloud_controlplane.network.model import (
+    Address,
+    FloatingIp,
+    HostDataplane,
+    Network,
+    Port,
+    PortGroup,
+    Router,
+    SecurityGroupRule,
+    Subnet,
+)
+
+_DEVICE_LETTERS = 11  # of the port's id; with "tap" they fill an interface's name but one
+
+
+def document(host_id: str) -> dataplane_pb2.HostDataplane:
+    """Return all that a host is to have. It is the whole truth about mcloud's own on the host."""
+    ports = list(Port.select().where(Port.host_id == host_id).order_by(Port.id))
+    guests = [port for port in ports if port.owner_type != "router"]
+    legs = [port for port in ports if port.owner_type == "router"]
+    networks = sorted({port.network_id for port in ports})
+    found, subnets = _networks(networks)
+    return dataplane_pb2.HostDataplane(
+        networks=_segments(host_id, found, subnets),
+        ports=bindings(guests),
+        routers=_routers(host_id, legs, found, subnets),
+    )
+
+
+def segment(network_id: str, host_id: str) -> dataplane_pb2.NetworkSegment:
+    """Return one network as it is on a host."""
+    return _segments(host_id, *_networks([network_id]))[0]
+
+
+def device_name(port_id: str) -> str:
+    """Return the name of a port's tap."""
+    return "tap" + port_id[-_DEVICE_LETTERS:]
+
+
+def service_mac(vni: int) -> str:
+    """Return the Ethernet address of a network's service address: locally administered.
+
+    Not 02:6d:63:…, which hosts give to their bridges.
+    """
+    return "06:6d:63:" + ":".join(f"{octet:02x}" for octet in vni.to_bytes(3, "big"))
+
+
+def _networks(network_ids: Sequence[str]) -> tuple[list[Network], dict[str, list[Subnet]]]:
+    networks = list(Network.select().where(Network.id.in_(network_ids)).order_by(Network.id))
+    subnets: dict[str, list[Subnet]] = {id_: [] for id_ in network_ids}
+    query = Subnet.select().where(Subnet.network_id.in_(network_ids)).order_by(Subnet.id)
+    for subnet in query:
+        subnets[subnet.network_id].append(subnet)
+    return networks, subnets
+
+
+def _segments(
+    host_id: str, networks: Sequence[Network], subnets: dict[str, list[Subnet]]
+) -> list[dataplane_pb2.NetworkSegment]:
+    elsewhere = _remote_ports(host_id, [row.id for row in networks if not row.external])
+    return [
+        dataplane_pb2.NetworkSegment(
+            network_id=row.id,
+            vni=row.vni,
+            mtu=row.mtu,
+            subnets=[_subnet(subnet) for subnet in subnets[row.id]],
+            service_mac=service_mac(row.vni),
+            remote_ports=elsewhere.get(row.id, []),
+            physical_network=row.physical_network,
+        )
+        for row in networks
+    ]
+
+
+def _subnet(row: Subnet) -> dataplane_pb2.SubnetBinding:
+    spec = subnet_pb2.SubnetSpec.FromString(bytes(row.spec))
+    return dataplane_pb2.SubnetBinding(
+        subnet_id=row.id,
+        cidr=row.cidr,
+        gateway_ip=row.gateway_ip,
+        service_ip=row.service_ip,
+        dhcp_enabled=row.dhcp_enabled,
+        dns_servers=spec.dns_servers,
+        host_routes=[
+            dataplane_pb2.HostRoute(
+                destination_cidr=route.destination_cidr, next_hop_ip=route.next_hop_ip
+            )
+            for route in spec.host_routes
+        ],
+    )
+
+
+def _remote_ports(
+    host_id: str, network_ids: Sequence[str]
+) -> dict[str, list[dataplane_pb2.RemotePort]]:
+    query: Any = (
+        Port.select(Port.network_id, Port.mac, HostDataplane.underlay_ip)
+        .join(HostDataplane, on=(HostDataplane.host_id == Port.host_id))
+        .where(
+            Port.network_id.in_(network_ids)
+            & (Port.host_id != host_id)
+            & (HostDataplane.underlay_ip != "")
+        )
+        .order_by(Port.mac)
+        .tuples()
+    )
+    found: dict[str, list[dataplane_pb2.RemotePort]] = {}
+    for network_id, mac, underlay_ip in query:
+        found.setdefault(network_id, []).append(
+            dataplane_pb2.RemotePort(mac=mac, underlay_ip=underlay_ip)
+        )
+    return found
+
+
+def bindings(ports: Sequence[Port]) -> list[dataplane_pb2.PortBinding]:
+    """Return guests' ports as their host is to have them, in four statements."""
+    addresses = address_store.of_ports([port.id for port in ports])
+    rules = _rules([port.id for port in ports if port.port_security_enabled])
+    return [
+        dataplane_pb2.PortBinding(
+            port_id=port.id,
+            network_id=port.network_id,
+            instance_id=port.owner_id,
+            domain_id=port.domain_id,
+            mac=port.mac,
+            fixed_ips=[fixed_ip(address) for address in addresses[port.id]],
+            hostname=port.hostname,
+            port_security_enabled=port.port_security_enabled,
+            rules=rules.get(port.id, []),
+            device_name=device_name(port.id),
+        )
+        for port in ports
+    ]
+
+
+def fixed_ip(row: Address) -> dataplane_pb2.FixedIp:
+    """Return an address as its message."""
+    return dataplane_pb2.FixedIp(
+        subnet_id=row.subnet_id, ip_address=row.ip_address, prefix_len=row.prefix_len
+    )
+
+
+def _rules(port_ids: Sequence[str]) -> dict[str, list[dataplane_pb2.EffectiveRule]]:
+    """Return what the groups of ports allow, each rule once a port."""
+    query: Any = (
+        SecurityGroupRule.select(PortGroup.port_id, SecurityGroupRule)
+        .join(
+            PortGroup,
+            on=(PortGroup.security_group_id == SecurityGroupRule.security_group_id),
+        )
+        .where(PortGroup.port_id.in_(port_ids))
+        .order_by(PortGroup.port_id, SecurityGroupRule.digest, SecurityGroupRule.id)
+    )
+    rows = list(query.objects())
+    members = _members(sorted({row.remote_group_id for row in rows if row.remote_group_id}))
+    found: dict[str, dict[str, dataplane_pb2.EffectiveRule]] = {}
+    for row in rows:
+        rule = _rule(row, members.get((row.remote_group_id, row.ip_version), []))
+        # Two groups of a port may allow the same.
+        found.setdefault(row.port_id, {}).setdefault(row.digest, rule)
+    return {port_id: list(rules.values()) for port_id, rules in found.items()}
+
+
+def _rule(row: SecurityGroupRule, members: Sequence[str]) -> dataplane_pb2.EffectiveRule:
+    rule = dataplane_pb2.EffectiveRule(
+        direction=contract.enum_value(row.direction, dataplane_pb2.EffectiveRule.Direction),
+        ip_version=row.ip_version,
+        protocol=row.protocol,
+        port_min=row.port_min,
+        port_max=row.port_max,
+        remote_is_group=bool(row.remote_group_id),
+        remote_cidrs=members if row.remote_group_id else [],
+    )
+    if row.remote_cidr:
+        rule.remote_cidrs.append(row.remote_cidr)
+    return rule
+
+
+def _members(group_ids: Sequence[str]) -> dict[tuple[str, int], list[str]]:
+    """Return the addresses of each group's ports that are on some host, by IP version."""
+    query: Any = (
+        Address.select(PortGroup.security_group_id, Address.ip_version, Address.ip_address)
+        .join(PortGroup, on=(PortGroup.port_id == Address.port_id))
+        .join(Port, on=(Port.id == Address.port_id))
+        .where(PortGroup.security_group_id.in_(group_ids) & (Port.host_id != ""))
+        .order_by(Address.subnet_id, Address.position)
+    )
+    found: dict[tuple[str, int], list[str]] = {}
+    for group_id, version, address in query.tuples():
+        length = 32 if version == 4 else 128
+        found.setdefault((group_id, version), []).append(f"{address}/{length}")
+    return found
+
+
+def _routers(
+    host_id: str,
+    legs: Sequence[Port],
+    networks: Sequence[Network],
+    subnets: dict[str, list[Subnet]],
+) -> list[dataplane_pb2.RouterBinding]:
+    rows = list(Router.select().where(Router.host_id == host_id).order_by(Router.id))
+    addresses = address_store.of_ports([port.id for port in legs])
+    floating: dict[str, list[dataplane_pb2.FloatingIpBinding]] = {row.id: [] for row in rows}
+    query = FloatingIp.select().where(FloatingIp.router_id.in_(list(floating)))
+    for address in query.order_by(FloatingIp.id):
+        floating[address.router_id].append(
+            dataplane_pb2.FloatingIpBinding(
+                floating_ip_id=address.id,
+                floating_ip_address=address.floating_ip_address,
+                fixed_ip_address=address.fixed_ip_address,
+            )
+        )
+    by_id = {row.id: row for row in networks}
+    found = []
+    for row in rows:
+        own = [port for port in legs if port.owner_id == row.id]
+        router = dataplane_pb2.RouterBinding(
+            router_id=row.id,
+            interfaces=[
+                dataplane_pb2.RouterInterfaceBinding(
+                    port_id=port.id,
+                    network_id=port.network_id,
+                    mac=port.mac,
+                    ip_address=address.ip_address,
+                    prefix_len=address.prefix_len,
+                )
+                for port in own
+                if port.id != row.gateway_port_id
+                for address in addresses[port.id]
+            ],
+            floating_ips=floating[row.id],
+        )
+        for port in own:
+            # What is deleted while this reads has a newer generation already.
+            network = by_id.get(port.network_id)
+            if port.id == row.gateway_port_id and network and addresses[port.id]:
+                router.gateway.CopyFrom(
+                    _gateway(row, port, addresses[port.id][0], network, subnets[network.id])
+                )
+        found.append(router)
+    return found
+
+
+def _gateway(
+    row: Router, port: Port, address: Address, network: Network, subnets: Sequence[Subnet]
+) -> dataplane_pb2.ExternalGateway:
+    hops = [subnet.gateway_ip for subnet in subnets if subnet.id == address.subnet_id]
+    return dataplane_pb2.ExternalGateway(
+        port_id=port.id,
+        network_id=port.network_id,
+        physical_network=network.physical_network,
+        mac=port.mac,
+        ip_address=address.ip_address,
+        prefix_len=address.prefix_len,
+        next_hop_ip=hops[0] if hops else "",
+        snat_enabled=row.snat_enabled,
+    )

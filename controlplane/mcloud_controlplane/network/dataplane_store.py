@@ -1,0 +1,167 @@
+"""How far each host's dataplane is, and which hosts a change concerns.
+
+A change that a host has to know increments the generation of its dataplane in the change's own
+transaction; what the generation contains is computed from rows when it is sent
+(dataplane_document.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mcloud.common.v1 import session_pb2
+from mcloud_controlplane.core import sessions, tables
+from mcloud_controlplane.network import dataplane_document
+from mcloud_controlplane.network.model import (
+    HostDataplane,
+    Network,
+    Port,
+    PortGroup,
+    SecurityGroup,
+    SecurityGroupRule,
+    locked,
+    shared,
+)
+
+
+def bump(host_ids: Iterable[str]) -> None:
+    """Give hosts a new generation. Once in a unit, as one of its last writes."""
+    # In one order, so that two units that bump the same hosts wait instead of deadlocking.
+    found = sorted(set(host_ids) - {""})
+    if not found:
+        return
+    HostDataplane.insert_many([{"host_id": id_} for id_ in found]).on_conflict(
+        conflict_target=[HostDataplane.host_id],
+        update={HostDataplane.generation: HostDataplane.generation + 1},
+    ).execute()
+    for id_ in found:
+        tables.changed("dataplane", id_, "")
+
+
+def generation(host_id: str) -> int:
+    """Return the generation that a host is to have."""
+    return int(HostDataplane.get_by_id(host_id).generation)
+
+
+def hosts_of_networks(network_ids: Sequence[str]) -> set[str]:
+    """Return the hosts that have ports on these networks, routers' included."""
+    query = Port.select(Port.host_id).where(
+        Port.network_id.in_(list(network_ids)) & (Port.host_id != "")
+    )
+    return {row.host_id for row in query.distinct()}
+
+
+def hosts_of_groups(group_ids: Sequence[str]) -> set[str]:
+    """Return the hosts that have ports in these security groups."""
+    query = Port.select(Port.host_id).join(PortGroup, on=(PortGroup.port_id == Port.id))
+    condition = PortGroup.security_group_id.in_(list(group_ids)) & (Port.host_id != "")
+    return {row.host_id for row in query.where(condition).distinct()}
+
+
+def hosts_following(group_ids: Sequence[str]) -> set[str]:
+    """Return the hosts whose ports have rules about the members of these security groups."""
+    naming = SecurityGroupRule.select(SecurityGroupRule.security_group_id).where(
+        SecurityGroupRule.remote_group_id.in_(list(group_ids))
+    )
+    return hosts_of_groups([row.security_group_id for row in naming.distinct()])
+
+
+def groups_of(port_id: str) -> list[str]:
+    """Return the security groups that a port is in."""
+    query = PortGroup.select().where(PortGroup.port_id == port_id)
+    return [row.security_group_id for row in query.order_by(PortGroup.security_group_id)]
+
+
+def hosts_of_port(port: Port) -> set[str]:
+    """Return the hosts that have to know of a port's binding or its end."""
+    return (
+        {port.host_id} | hosts_of_networks([port.network_id]) | hosts_following(groups_of(port.id))
+    )
+
+
+def lock_around(port: Port) -> None:
+    """Lock what decides whom a port's binding concerns, until the commit.
+
+    Two ports that are bound at the same time would else miss each other: neither transaction sees
+    the other's host, and no later one tells it.
+    """
+    own = groups_of(port.id)
+    naming = SecurityGroupRule.select(SecurityGroupRule.remote_group_id).where(
+        SecurityGroupRule.security_group_id.in_(own) & (SecurityGroupRule.remote_group_id != "")
+    )
+    groups = {*own, *(row.remote_group_id for row in naming)}
+    lock_networks([port.network_id])
+    query = SecurityGroup.select(SecurityGroup.id).where(SecurityGroup.id.in_(sorted(groups)))
+    list(locked(query.order_by(SecurityGroup.id)))
+
+
+def lock_networks(network_ids: Sequence[str]) -> None:
+    """Lock the rows of networks, until the commit: their ports' hosts stay as they are."""
+    query = Network.select(Network.id).where(Network.id.in_(list(network_ids)))
+    list(locked(query.order_by(Network.id)))
+
+
+class Source:
+    """What the network service desires of hosts (core/sessions.py): one dataplane of each."""
+
+    def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
+        """Return the dataplane if the host has not reached its generation."""
+        row = HostDataplane.get_by_id(host_id)
+        if row.observed_generation >= row.generation:
+            return []
+        return self.everything(host_id)
+
+    def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
+        """Return the dataplane.
+
+        The generation is read first: what is read after it may be newer, never older.
+        """
+        number = generation(host_id)
+        return [sessions.desired(host_id, number, dataplane_document.document(host_id))]
+
+    def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
+        """Record how far the host is; its ports that are in place become ACTIVE."""
+        if report.id != host_id:
+            return
+        row = locked(HostDataplane.select().where(HostDataplane.host_id == host_id)).get()
+        if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
+            return
+        # A number of another epoch says nothing about this one's.
+        reached = report.generation if report.epoch == shared.epoch() else 0
+        error = report.error.SerializeToString() if report.HasField("error") else None
+        HostDataplane.update(
+            observed_generation=reached,
+            incarnation=incarnation,
+            sequence=report.sequence,
+            error=error,
+        ).where(HostDataplane.host_id == host_id).execute()
+        _activate(host_id, reached)
+
+
+def _activate(host_id: str, reached: int) -> None:
+    waiting = (
+        (Port.host_id == host_id) & (Port.state == "BUILD") & (Port.bound_generation <= reached)
+    )
+    ports = list(locked(Port.select(Port.id, Port.project_id).where(waiting).order_by(Port.id)))
+    if not ports:
+        return
+    Port.update(state="ACTIVE", version=Port.version + 1).where(
+        Port.id.in_([port.id for port in ports])
+    ).execute()
+    for port in ports:
+        tables.changed("port", port.id, port.project_id)
+
+
+def join(host_id: str, hello: session_pb2.Hello) -> None:
+    """Note a host whose session begins; others learn where its ports are now."""
+    HostDataplane.insert(host_id=host_id).on_conflict_ignore().execute()
+    row = locked(HostDataplane.select().where(HostDataplane.host_id == host_id)).get()
+    moved = row.underlay_ip != hello.underlay_ip
+    HostDataplane.update(
+        underlay_ip=hello.underlay_ip, gateway="gateway" in hello.capabilities
+    ).where(HostDataplane.host_id == host_id).execute()
+    if moved:
+        ports = Port.select(Port.network_id).where(Port.host_id == host_id).distinct()
+        networks = [port.network_id for port in ports]
+        lock_networks(networks)
+        bump(hosts_of_networks(networks))

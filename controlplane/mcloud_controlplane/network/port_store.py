@@ -1,0 +1,280 @@
+"""Ports in the database, as users make and see them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from mcloud.common.v1 import options_pb2
+from mcloud.network.v1 import port_pb2, port_service_pb2
+from mcloud_base import errors
+from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
+from mcloud_controlplane.core.mutation import Mutation
+from mcloud_controlplane.network import (
+    address_store,
+    dataplane_document,
+    dataplane_store,
+    network_store,
+    quota_store,
+    security_group_store,
+)
+from mcloud_controlplane.network.model import (
+    Address,
+    FloatingIp,
+    Port,
+    PortGroup,
+    Router,
+    locked,
+    shared,
+)
+
+_MAC_PREFIX = "fa:16:3e"  # locally administered; OpenStack's habit
+_SERVICES = ("router", "floating_ip")  # whose ports are not counted as the project's
+
+
+def messages(rows: Sequence[Port]) -> list[port_pb2.Port]:
+    """Return ports as messages, in two more statements."""
+    found = [row.id for row in rows]
+    addresses = address_store.of_ports(found)
+    groups: dict[str, list[str]] = {id_: [] for id_ in found}
+    query = PortGroup.select().where(PortGroup.port_id.in_(found))
+    for member in query.order_by(PortGroup.security_group_id):
+        groups[member.port_id].append(member.security_group_id)
+    return [
+        port_pb2.Port(
+            metadata=convert.metadata(row),
+            spec=port_pb2.PortSpec.FromString(bytes(row.spec)),
+            status=port_pb2.PortStatus(
+                state=contract.enum_value(row.state, port_pb2.PortStatus.State),
+                mac=row.mac,
+                fixed_ips=[dataplane_document.fixed_ip(a) for a in addresses[row.id]],
+                security_group_ids=groups[row.id],
+                owner_type=row.owner_type,
+                owner_id=row.owner_id,
+                delete_with_owner=row.delete_with_owner,
+                host_id=row.host_id,
+                domain_id=row.domain_id,
+            ),
+        )
+        for row in rows
+    ]
+
+
+def message(row: Port) -> port_pb2.Port:
+    """Return a port as its message."""
+    return messages([row])[0]
+
+
+def get(caller: auth.Caller, id_: str) -> Port:
+    """Return a port.
+
+    Raises:
+        errors.NotFound: PORT_NOT_FOUND.
+    """
+    row = Port.get_or_none(Port.id == id_)
+    if row is None or not caller.sees(row.project_id):
+        raise not_found(id_)
+    return row
+
+
+def find_locked(id_: str) -> Port | None:
+    """Return a port, its row locked; None if there is none."""
+    return locked(Port.select().where(Port.id == id_)).get_or_none()
+
+
+def get_locked(caller: auth.Caller, id_: str) -> Port:
+    """Return a port that the caller may change, its row locked.
+
+    Raises:
+        errors.NotFound: PORT_NOT_FOUND.
+    """
+    row = find_locked(id_)
+    if row is None or not caller.sees(row.project_id):
+        raise not_found(id_)
+    return row
+
+
+def not_found(id_: str) -> errors.NotFound:
+    """Return the error for a port that is not there, or not for the caller."""
+    return errors.NotFound("PORT_NOT_FOUND", f"there is no port {id_}", id=id_)
+
+
+def create(work: Mutation, request: port_service_pb2.CreatePortRequest) -> port_pb2.Port:
+    """Make a port of a user's own."""
+    if request.spec.port_security_disabled and (work.caller.role < options_pb2.Rule.ROLE_MANAGER):
+        raise errors.PermissionDenied(
+            "ROLE_REQUIRED", "a port without port security needs the role manager"
+        )
+    columns = convert.new_row("port", request, work.caller.project_id)
+    row = insert(columns, request.spec)
+    work.concerns("port", row.id, row.name)
+    return message(row)
+
+
+def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> Port:
+    """Make a port for a guest: quota, Ethernet address, addresses, groups.
+
+    Args:
+        columns: those of every resource (convert.new_row).
+        more: further columns.
+    """
+    project_id = columns["project_id"]
+    network = network_store.get_usable(project_id, spec.network_id)
+    own = (Port.project_id == project_id) & ~Port.owner_type.in_(_SERVICES)
+    quota_store.ensure_room(project_id, "port", Port.select().where(own))
+    groups = (
+        []
+        if spec.port_security_disabled
+        else security_group_store.resolve(project_id, spec.security_group_ids)
+    )
+    row = Port.create(
+        **columns,
+        network_id=network.id,
+        mac=_mac(spec.mac),
+        port_security_enabled=not spec.port_security_disabled,
+        **more,
+    )
+    address_store.assign(row, spec.fixed_ips)
+    _join_groups(row, groups)
+    tables.changed("port", row.id, project_id, "ADDED")
+    return row
+
+
+def insert_for_service(
+    columns: dict[str, Any], network_id: str, owner_type: str, owner_id: str
+) -> Port:
+    """Make the port of a router or a floating address; its addresses are up to the caller."""
+    row = Port.create(
+        **columns,
+        network_id=network_id,
+        mac=_mac(""),
+        port_security_enabled=False,
+        owner_type=owner_type,
+        owner_id=owner_id,
+        delete_with_owner=True,
+    )
+    tables.changed("port", row.id, row.project_id, "ADDED")
+    return row
+
+
+def _mac(wanted: str) -> str:
+    """Return an Ethernet address that is free: the one wanted, or any.
+
+    Raises:
+        errors.AlreadyExists: MAC_IN_USE.
+        errors.InvalidArgument: BAD_FIELD, it is a group's.
+    """
+    if wanted and int(wanted[:2], 16) & 1:
+        raise errors.bad_field("spec.mac", "must be an address of one interface, not of a group")
+    while True:
+        tail = secrets.token_bytes(3)
+        mac = wanted or ":".join([_MAC_PREFIX, *(f"{octet:02x}" for octet in tail)])
+        if not Port.select().where(Port.mac == mac).exists():
+            return mac
+        if wanted:
+            raise errors.AlreadyExists("MAC_IN_USE", f"another port has {mac}", mac=mac)
+
+
+def _join_groups(row: Port, group_ids: Sequence[str]) -> None:
+    PortGroup.delete().where(PortGroup.port_id == row.id).execute()
+    for id_ in group_ids:
+        PortGroup.create(port_id=row.id, security_group_id=id_)
+
+
+def update(work: Mutation, request: port_service_pb2.UpdatePortRequest) -> port_pb2.Port:
+    """Change name, labels or security groups."""
+    row = get_locked(work.caller, request.id)
+    spec = convert.apply_mask(
+        row, request, port_pb2.PortSpec, ("name", "labels", "spec.security_group_ids")
+    )
+    concerned: set[str] = set()
+    if "spec.security_group_ids" in request.update_mask.paths:
+        if not row.port_security_enabled:
+            raise errors.bad_field(
+                "spec.security_group_ids", "a port without port security has no groups"
+            )
+        dataplane_store.lock_around(row)
+        concerned = dataplane_store.hosts_following(dataplane_store.groups_of(row.id))
+        _join_groups(row, security_group_store.resolve(row.project_id, spec.security_group_ids))
+        dataplane_store.lock_around(row)
+        concerned |= dataplane_store.hosts_following(dataplane_store.groups_of(row.id))
+    row.save()
+    work.concerns("port", row.id, row.name, row.project_id)
+    tables.changed("port", row.id, row.project_id)
+    if row.host_id:
+        dataplane_store.bump(concerned | {row.host_id})
+    return message(row)
+
+
+def delete(work: Mutation, request: port_service_pb2.DeletePortRequest) -> port_pb2.Port:
+    """Delete a port that nobody uses."""
+    row = get_locked(work.caller, request.id)
+    convert.require_version(row, request.resource_version)
+    if row.owner_type:
+        raise errors.WrongState(
+            "PORT_IN_USE",
+            f"port {row.id} is used by {row.owner_type} {row.owner_id}",
+            owner=row.owner_id,
+        )
+    row.delete_time = database.now()
+    answer = message(row)
+    dataplane_store.bump(remove(row))
+    work.concerns("port", row.id, row.name, row.project_id)
+    return answer
+
+
+def remove(row: Port) -> set[str]:
+    """Delete a port with all that it has; floating addresses that led to it lead nowhere then.
+
+    Returns:
+        The hosts that have to know.
+    """
+    leading = list(locked(FloatingIp.select().where(FloatingIp.port_id == row.id)))
+    routers = Router.select(Router.host_id).where(Router.id.in_([f.router_id for f in leading]))
+    concerned = {router.host_id for router in routers}
+    for address in leading:
+        address.port_id = address.fixed_ip_address = address.router_id = ""
+        address.version += 1
+        address.save()
+        tables.changed("floating_ip", address.id, address.project_id)
+    address_store.give_back(row.id)
+    PortGroup.delete().where(PortGroup.port_id == row.id).execute()
+    row.delete_instance()
+    tables.changed("port", row.id, row.project_id, "DELETED")
+    return concerned
+
+
+def list_page(
+    caller: auth.Caller, request: port_service_pb2.ListPortsRequest
+) -> port_service_pb2.ListPortsResponse:
+    """Return a page of ports."""
+    revision = shared.revision()
+
+    def has_address(text: str) -> Any:
+        return Port.id.in_(Address.select(Address.port_id).where(Address.ip_address == text))
+
+    page = listing.page(
+        Port,
+        request,
+        caller,
+        fields={
+            "id": Port.id,
+            "name": Port.name,
+            "network_id": Port.network_id,
+            "owner_id": Port.owner_id,
+            "host_id": Port.host_id,
+            "mac": Port.mac,
+            "ip_address": has_address,
+        },
+    )
+    return port_service_pb2.ListPortsResponse(
+        ports=messages(page.rows), next_page_token=page.next_page_token, revision=str(revision)
+    )
+
+
+def load(found: list[str]) -> Mapping[str, Message]:
+    """Return the messages of these ids, for a watch."""
+    return {m.metadata.id: m for m in messages(list(Port.select().where(Port.id.in_(found))))}

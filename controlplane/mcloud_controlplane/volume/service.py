@@ -1,0 +1,51 @@
+"""Puts the volume service into a process."""
+
+from __future__ import annotations
+
+import socket
+
+from mcloud.volume.v1 import (
+    attachment_service_pb2_grpc,
+    operation_service_pb2_grpc,
+    session_service_pb2_grpc,
+    volume_service_pb2_grpc,
+)
+from mcloud_controlplane.core import operations, sessions, workflow
+from mcloud_controlplane.core.mutation import Frame
+from mcloud_controlplane.core.runtime import Runtime
+from mcloud_controlplane.volume import model, storage_store, volume_workflow
+from mcloud_controlplane.volume.attachment_service import AttachmentServicer
+from mcloud_controlplane.volume.volume_service import VolumeServicer
+
+
+def register(runtime: Runtime) -> None:
+    """Offer the volume service and run its workflows."""
+    database = runtime.database("volume", model.open_database)
+    runner = workflow.Runner(
+        database,
+        model.shared,
+        volume_workflow.workflows(database),
+        probe=runtime.probe,
+        host_name=socket.gethostname(),
+    )
+    frame = Frame(database, model.shared, "vop")
+    hosts = sessions.Sessions(
+        database,
+        model.shared,
+        storage_store.VolumeSource(),
+        on_hello=storage_store.on_hello,
+    )
+    runtime.add(
+        volume_service_pb2_grpc.add_VolumeServiceServicer_to_server,
+        VolumeServicer(database, frame),
+    )
+    runtime.add(
+        attachment_service_pb2_grpc.add_AttachmentServiceServicer_to_server,
+        AttachmentServicer(database),
+    )
+    runtime.add(session_service_pb2_grpc.add_SessionServiceServicer_to_server, hosts)
+    runtime.add(
+        operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
+        operations.OperationServicer(database, model.shared),
+    )
+    runtime.background(runner.run(), "workflows of volumes")
