@@ -1,0 +1,1 @@
+"""mcloud, the command line: people's way to the API."""

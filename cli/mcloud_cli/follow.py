@@ -1,0 +1,185 @@
+"""Following an operation to its end, step by step as they happen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from mcloud_cli import output
+
+_LONGEST_S = 3600.0  # an operation's own deadline ends it much sooner
+_RECONNECT_S = 60.0
+_PREFIXES = {"iop": "identity", "cop": "compute", "mop": "image", "nop": "network", "vop": "volume"}
+
+
+def option(function: Any) -> Any:
+    """Give a command `--wait/--no-wait`."""
+    return click.option(
+        "--wait/--no-wait", default=None, help="Follow it to its end. [default: on a terminal]"
+    )(function)
+
+
+def service_of(operation_id: str) -> str:
+    """Return the service that an operation's id names: "compute.OperationService".
+
+    Raises:
+        click.UsageError: it is not the id of an operation.
+    """
+    from mcloud_base import ids
+
+    domain = _PREFIXES.get(ids.prefix_of(operation_id))
+    if domain is None:
+        raise click.UsageError(
+            f"{operation_id} is not the id of an operation; see: mcloud operation list"
+        )
+    return f"{domain}.OperationService"
+
+
+def is_ended(operation: Any) -> bool:
+    """Tell whether nothing further will happen."""
+    return output.state(operation) in ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+def finish(session: Any, operation: Any, wait: bool | None, form: str = "table") -> Any:
+    """See an operation that has begun to its end, or say how to.
+
+    Returns:
+        The operation, ended or not.
+
+    Raises:
+        errors.Error: the one that the operation ended with.
+    """
+    if not is_ended(operation):
+        if wait is False or (wait is None and not sys.stderr.isatty()):
+            if form == "table":
+                click.echo(f"{operation.id} goes on. See: mcloud operation wait {operation.id}")
+            return operation
+        operation = follow(session, operation)
+    raise_error(operation)
+    return operation
+
+
+def raise_error(operation: Any) -> None:
+    """Raise the error that an operation ended with, if it did.
+
+    Raises:
+        errors.Error: by the operation's status.
+    """
+    if is_ended(operation) and operation.error.code:
+        from mcloud.scheduler.v1 import placement_pb2  # noqa: F401 (an error may carry one)
+        from mcloud_base import errors
+
+        raise errors.from_status(operation.error)
+
+
+def follow(session: Any, operation: Any) -> Any:
+    """Show an operation's steps on stderr as they happen; return it when it has ended."""
+    try:
+        shown = _on_terminal if sys.stderr.isatty() else _line_by_line
+        return shown(_changes(session, operation), operation)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nInterrupted; operation {operation.id} goes on. "
+            f"See: mcloud operation wait {operation.id}",
+            err=True,
+        )
+        raise click.exceptions.Exit(130) from None
+
+
+def _changes(session: Any, operation: Any) -> Iterator[Any]:
+    """Yield an operation after each change until it has ended; connect again if need be."""
+    from mcloud_base import errors
+
+    yield operation
+    end = time.monotonic() + _LONGEST_S
+    alive = time.monotonic()
+    pause = 0.2
+    while True:
+        try:
+            watch = f"{service_of(operation.id)}/WatchOperation"
+            left = max(end - time.monotonic(), 0.001)
+            for answer in session.stream(watch, id=operation.id, timeout_s=left):
+                alive, pause = time.monotonic(), 0.2
+                if answer.operation.id:
+                    yield answer.operation
+                    if is_ended(answer.operation):
+                        return
+        except errors.Unavailable:
+            if time.monotonic() - alive > _RECONNECT_S:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 5.0)
+
+
+def _line_by_line(changes: Iterator[Any], operation: Any) -> Any:
+    """Print a line for each step that has ended."""
+    seen: set[tuple[int, int, str, int]] = set()
+    for operation in changes:  # noqa: B020 (the last one is the answer)
+        for step in operation.steps:
+            state = output.state(step)
+            key = (step.number, step.attempt, step.name, step.state)
+            if key not in seen and state not in ("RUNNING", "UNDOING"):
+                seen.add(key)
+                click.echo(step_line(step), err=True)
+    return operation
+
+
+def step_line(step: Any) -> str:
+    """Return one step as a line: number, name, service, host, duration."""
+    state = output.state(step)
+    mark = "" if state == "DONE" else f"  {state}"
+    detail = f"  {step.detail}" if step.detail and state != "DONE" else ""
+    where = f"{step.service}@{step.host}" if step.host else step.service
+    return f"{step.number:>3}  {step.name:<42} {where:<24} {duration(step):>9}{mark}{detail}"
+
+
+def duration(step: Any) -> str:
+    """Return how long a step took, or has taken."""
+    if step.HasField("end_time"):
+        taken = step.end_time.ToNanoseconds() - step.start_time.ToNanoseconds()
+    elif step.start_time.seconds:
+        taken = time.time_ns() - step.start_time.ToNanoseconds()
+    else:
+        return ""
+    seconds = max(taken, 0) / 1e9
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _on_terminal(changes: Iterator[Any], operation: Any) -> Any:
+    """Keep a table of all steps up to date, in place."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True, highlight=False)
+    holder = [operation]
+    render: Callable[[], Any] = lambda: _picture(holder[0])  # noqa: E731 (called at each refresh)
+    with Live(get_renderable=render, console=console, refresh_per_second=8):
+        for changed in changes:
+            holder[0] = changed
+    return holder[0]
+
+
+_STYLES = {"DONE": "green", "FAILED": "red", "RUNNING": "yellow", "SKIPPED": "dim", "UNDONE": "dim"}
+
+
+def _picture(operation: Any) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for _ in range(6):
+        table.add_column(no_wrap=True)
+    for step in operation.steps:
+        state = output.state(step)
+        where = f"{step.service}@{step.host}" if step.host else step.service
+        detail = step.detail if state != "DONE" else ""
+        cells = (str(step.number), step.name, where, duration(step), state, detail)
+        table.add_row(*(Text(cell) for cell in cells), style=_STYLES.get(state, ""))
+    state = output.state(operation)
+    what = f"{operation.resource.type} {operation.resource.name or operation.resource.id}"
+    table.add_row("", Text(f"{what}: {state}"), "", "", "", "", style=_STYLES.get(state, "bold"))
+    return table

@@ -1,0 +1,157 @@
+"""What is kept between commands: clouds in config.yaml, tokens apart; both for the owner only.
+
+~/.config/mcloud/config.yaml    current: NAME; clouds: {NAME: {endpoint, ca, username, project}}
+~/.config/mcloud/ca/NAME.pem    the authority, copied at login
+~/.config/mcloud/tokens.json    tokens by (endpoint, who, where)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXPIRY_MARGIN_S = 30  # a token that ends sooner is as good as ended
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One cloud."""
+
+    endpoint: str = ""
+    ca: str = ""  # file
+    username: str = ""
+    project: str = ""
+
+
+def directory() -> Path:
+    """Return where everything is kept."""
+    if own := os.environ.get("MCLOUD_CONFIG_DIR"):
+        return Path(own)
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(base) / "mcloud"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    partial.replace(path)
+
+
+def find(cloud: str) -> tuple[str, Profile]:
+    """Return a cloud's name and profile; of the current one if none is named.
+
+    Raises:
+        click.UsageError: there is no such cloud; an empty name never fails.
+    """
+    config = _read()
+    clouds = config.get("clouds", {})
+    name = cloud or config.get("current", "")
+    if cloud and cloud not in clouds:
+        known = ", ".join(clouds) or "none"
+        raise click.UsageError(f"there is no cloud {cloud}; logged in to: {known}")
+    known_keys = Profile.__dataclass_fields__
+    values = {key: str(value) for key, value in clouds.get(name, {}).items() if key in known_keys}
+    return name, Profile(**values)
+
+
+def save(cloud: str, profile: Profile) -> None:
+    """Keep a cloud and make it the current one."""
+    import yaml
+
+    with _locked():
+        config = _read()
+        config["current"] = cloud
+        config.setdefault("clouds", {})[cloud] = {k: v for k, v in asdict(profile).items() if v}
+        write(directory() / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def _read() -> dict[str, Any]:
+    path = directory() / "config.yaml"
+    if not path.exists():
+        return {}
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        config = yaml.load(path.read_bytes(), loader)  # noqa: S506 (safe in both forms)
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"{path}: {error}") from error
+    if not isinstance(config, dict | None):
+        raise click.UsageError(f"{path}: is not a mapping")
+    return config or {}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and what is known of it."""
+
+    token: str
+    expire_time: float  # seconds since 1970
+    user_name: str = ""
+    project_name: str = ""
+    project_id: str = ""
+    system: bool = False
+
+    def is_good(self) -> bool:
+        """Tell whether it is still to be used."""
+        return self.expire_time - EXPIRY_MARGIN_S > time.time()
+
+
+def find_token(key: str) -> Token | None:
+    """Return the kept token of a login, also if it has expired."""
+    found = _tokens().get(key)
+    return Token(**found) if found else None
+
+
+def save_token(key: str, token: Token) -> None:
+    """Keep a token; those that ended a day ago go."""
+    with _locked():
+        kept = {
+            name: value
+            for name, value in _tokens().items()
+            if value["expire_time"] > time.time() - 86_400
+        }
+        write(_tokens_path(), json.dumps({**kept, key: asdict(token)}, indent=1).encode())
+
+
+def forget_tokens(prefix: str) -> int:
+    """Delete the tokens whose key begins so; return how many there were."""
+    with _locked():
+        tokens = _tokens()
+        kept = {name: value for name, value in tokens.items() if not name.startswith(prefix)}
+        write(_tokens_path(), json.dumps(kept, indent=1).encode())
+        return len(tokens) - len(kept)
+
+
+def _tokens_path() -> Path:
+    return directory() / "tokens.json"
+
+
+def _tokens() -> dict[str, Any]:
+    try:
+        tokens = json.loads(_tokens_path().read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}  # nothing that a login does not bring back
+    return tokens if isinstance(tokens, dict) else {}
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Keep other commands from changing the files in between."""
+    directory().mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (directory() / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,47 @@
+"""A control plane of identity and image, over SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
+from mcloud_controlplane.__main__ import serve
+from mcloud_controlplane.settings import Settings
+from service.identity.cloud import free_port
+from service.image.cloud import Project, StorageCloud
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A value for Settings.database."""
+    if request.param == "sqlite":
+        return "sqlite"
+    return str(request.getfixturevalue("postgresql_url"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return Settings(
+        state_dir=tmp_path / "state",
+        services=("identity", "image"),
+        public_listen=f"127.0.0.1:{free_port()}",
+        internal_listen=f"127.0.0.1:{free_port()}",
+        database=database_url,
+    )
+
+
+@pytest.fixture
+async def cloud(settings: Settings) -> AsyncIterator[StorageCloud]:
+    runtime = await serve(settings)
+    made = StorageCloud(settings, runtime)
+    yield made
+    await made.close()
+    await runtime.stop(0)
+
+
+@pytest.fixture
+async def project(cloud: StorageCloud) -> Project:
+    return await cloud.project("demo")
