@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
-from fakes.dataplane_host import DataplaneHost
 from google.protobuf import field_mask_pb2
 
+from fakes.dataplane_host import DataplaneHost
 from mcloud.common.v1 import options_pb2
 from mcloud.identity.v1 import (
     project_pb2,
@@ -283,9 +283,7 @@ class Cloud:
     async def bind(
         self, host: DataplaneHost, port: port_pb2.Port, domain_id: str
     ) -> port_service_pb2.BindPortResponse:
-        metadata = await self.delegate(
-            host, port.metadata.project_id, domain_id, port.metadata.id
-        )
+        metadata = await self.delegate(host, port.metadata.project_id, domain_id, port.metadata.id)
         return await rpc.call(
             host.ports.BindPort,
             port_service_pb2.BindPortRequest(

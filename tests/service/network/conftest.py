@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
 
+from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
 from mcloud_controlplane.__main__ import serve
 from mcloud_controlplane.settings import Settings
 from service.network.cloud import Cloud, free_port

@@ -63,14 +63,14 @@ def take(number: int, wanted: str = "") -> str:
 @st.composite
 def pools(draw: st.DrawFn) -> list[tuple[int, int]]:
     """Disjoint ranges within the hosts' addresses of a /27."""
-    marks = draw(
-        st.lists(st.integers(1, 30), min_size=2, max_size=6, unique=True).map(sorted)
-    )
+    marks = draw(st.lists(st.integers(1, 30), min_size=2, max_size=6, unique=True).map(sorted))
     return [(marks[i], marks[i + 1]) for i in range(0, len(marks) - 1, 2)]
 
 
 Step = tuple[str, int]
-STEPS = st.lists(st.tuples(st.sampled_from(["take", "free", "ask"]), st.integers(0, 31)), max_size=60)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["take", "free", "ask"]), st.integers(0, 31)), max_size=60
+)
 
 
 @settings(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fakes.dataplane_host import new_domain
-
 from mcloud.common.v1 import operation_pb2
 from mcloud.network.v1 import dataplane_pb2, port_pb2, port_service_pb2
 from mcloud_base import errors, ids, rpc
@@ -115,9 +114,7 @@ async def test_a_users_port_is_taken_and_given_back(cloud: Cloud) -> None:
     taken = await cloud.ensure(ann.project_id, "", port_id=own.metadata.id, existing=True)
     assert taken.status.owner_type == "instance"
     assert taken.status.fixed_ips[0].ip_address == "10.0.0.77"
-    second = await refused(
-        cloud.ensure(ann.project_id, "", port_id=own.metadata.id, existing=True)
-    )
+    second = await refused(cloud.ensure(ann.project_id, "", port_id=own.metadata.id, existing=True))
     assert second.reason == "PORT_IN_USE"
     assert (await refused(ann.delete("Port", own.metadata.id))).reason == "PORT_IN_USE"
     bob = await cloud.member("bob")

@@ -35,15 +35,11 @@ async def test_another_projects_things_do_not_exist(cloud: Cloud) -> None:
             assert isinstance(error, errors.NotFound), (kind, error)
     error = await refused(bob.create("Port", network_id=network.metadata.id))
     assert error.reason == "NETWORK_NOT_FOUND"
-    error = await refused(
-        bob.create("Subnet", network_id=network.metadata.id, cidr="10.1.0.0/24")
-    )
+    error = await refused(bob.create("Subnet", network_id=network.metadata.id, cidr="10.1.0.0/24"))
     assert error.reason == "NETWORK_NOT_FOUND"
     own, _ = await bob.net()
     error = await refused(
-        bob.create(
-            "Port", network_id=own.metadata.id, security_group_ids=[group.metadata.id]
-        )
+        bob.create("Port", network_id=own.metadata.id, security_group_ids=[group.metadata.id])
     )
     assert error.reason == "SECURITY_GROUP_NOT_FOUND"
     assert [n.metadata.id for n in (await bob.list("Network")).networks] == [own.metadata.id]
