@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,11 +49,14 @@ def list_instances(
         order_by=order_by,
         all_projects=all_projects,
     )
-    floating = _floating(session, all_projects) if form == "table" and items else {}
+    names: dict[str, str] = {}
+    floating: dict[str, str] = {}
+    if form == "table" and items:
+        names, floating = _network_names(session, items), _floating(session, all_projects)
     columns = [
         builder.NAME,
         Column("STATUS", lambda item: output.state(item.status), is_state=True),
-        Column("ADDRESSES", lambda item: addresses(item, floating)),
+        Column("ADDRESSES", lambda item: addresses(item, names, floating)),
         Column("FLAVOR", lambda item: str(item.status.flavor_name)),
     ]
     if is_long:
@@ -62,6 +66,19 @@ def list_instances(
     if session.options.system or session.is_system():
         columns.append(Column("HOST", lambda item: str(item.status.host_name) or "-"))
     output.resources(items, form, (*columns, builder.AGE))
+
+
+def _network_names(session: Session, items: Sequence[Any]) -> dict[str, str]:
+    """Return the names of networks by id, as far as the instances do not tell them."""
+    from mcloud_base import errors
+
+    if all(address.network_name for item in items for address in item.status.addresses):
+        return {}
+    try:
+        found = session.list(kinds.NETWORK)
+    except errors.Unavailable:
+        return {}
+    return {item.metadata.id: item.metadata.name for item in found}
 
 
 def _floating(session: Session, all_projects: bool) -> dict[str, str]:
@@ -77,11 +94,12 @@ def _floating(session: Session, all_projects: bool) -> dict[str, str]:
     }
 
 
-def addresses(item: Any, floating: dict[str, str]) -> str:
+def addresses(item: Any, names: Mapping[str, str], floating: Mapping[str, str]) -> str:
     """Return an instance's addresses by network: "lan=10.0.0.5, 203.0.113.7"."""
     by_network: dict[str, list[str]] = {}
     for address in item.status.addresses:
-        known = by_network.setdefault(address.network_name or address.network_id, [])
+        network = address.network_name or names.get(address.network_id, address.network_id)
+        known = by_network.setdefault(network, [])
         known.append(address.ip_address)
         if address.port_id in floating:
             known.append(floating[address.port_id])

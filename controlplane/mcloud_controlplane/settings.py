@@ -33,7 +33,10 @@ class Settings(BaseModel):
     database: str = "sqlite"
     image_store: Path | None = None  # None: state_dir/images
     token_ttl_s: int = Field(3600, ge=60, le=3600)
+    # After which an operation has ended, in an error if need be; most end earlier.
     operation_deadline_s: int = Field(600, ge=10)
+    # For how long an operation is left to a process that has fallen silent.
+    operation_lease_s: float = Field(15, ge=1)
     cpu_allocation_ratio: float = Field(4.0, gt=0)
     memory_allocation_ratio: float = Field(1.0, gt=0)
     disk_allocation_ratio: float = Field(1.0, gt=0)

@@ -32,7 +32,6 @@ Documents = Callable[[str], Mapping[str, bytes] | None]
 Finder = Callable[[str], str | None]
 
 _HEAD_LIMIT = 8192
-_TIMEOUT_S = 10.0
 _CONNECTIONS_PER_GUEST = 8
 
 
@@ -120,9 +119,15 @@ def list_children(directory: str, documents: Mapping[str, bytes]) -> list[str]:
 
 
 class MetadataServer:
-    """Listeners by network id."""
+    """Listeners by network id.
 
-    def __init__(self, documents: Documents) -> None:
+    Args:
+        documents: of the guest with a port id.
+        timeout_s: in which a guest has to ask and to read.
+    """
+
+    def __init__(self, documents: Documents, timeout_s: float = 10.0) -> None:
+        self._timeout_s = timeout_s
         self._documents = documents
         self._servers: dict[str, tuple[int, asyncio.Server]] = {}
         self._connections: Counter[tuple[str, str]] = Counter()
@@ -157,7 +162,7 @@ class MetadataServer:
             self._connections[key] += 1
             try:
                 if self._connections[key] <= _CONNECTIONS_PER_GUEST:
-                    async with asyncio.timeout(_TIMEOUT_S):
+                    async with asyncio.timeout(self._timeout_s):
                         await self._converse(reader, writer, find(key[1]))
             except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
                 pass  # a guest that says nothing, too much, or goes away: its own affair

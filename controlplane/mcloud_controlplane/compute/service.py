@@ -25,7 +25,7 @@ from mcloud_controlplane.core.runtime import Runtime
 def register(runtime: Runtime) -> None:
     """Offer the compute API."""
     opened = runtime.database("compute", model.open_database)
-    frame = Frame(opened, model.shared, "cop")
+    frame = Frame(opened, model.shared, "cop", runtime.settings.operation_deadline_s)
     placement = placement_service_pb2_grpc.PlacementServiceStub(runtime.channel("scheduler"))
     runtime.add(
         instance_service_pb2_grpc.add_InstanceServiceServicer_to_server,

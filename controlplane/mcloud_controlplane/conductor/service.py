@@ -126,6 +126,7 @@ def register(runtime: Runtime) -> None:
         opened,
         model.shared,
         workflows_of_instances(opened, neighbours, domains),
+        lease_s=runtime.settings.operation_lease_s,
         probe=runtime.probe,
         host_name=socket.gethostname(),
     )

@@ -32,6 +32,7 @@ class Mutation:
     tables: tables.Tables
     operation_id: str
     validate_only: bool
+    longest_s: float  # that an operation may take, whatever its workflow would
     _resource: tuple[str, str, str] = ("", "", "")
     _project_id: str = ""
     _workflow: str = ""
@@ -47,7 +48,7 @@ class Mutation:
     def start(self, workflow: str, job: str, *, deadline_s: float) -> None:
         """Leave the rest to a workflow; `job` is JSON with every id that it will need."""
         self._workflow, self._job = workflow, job
-        self._deadline = database.now() + int(deadline_s * 1_000_000)
+        self._deadline = database.now() + int(min(deadline_s, self.longest_s) * 1_000_000)
 
     def step(
         self,
@@ -83,6 +84,7 @@ class Frame:
         store: the database.
         shared: its shared tables.
         prefix: of its operations' ids.
+        longest_s: that an operation may take.
     """
 
     def __init__(
@@ -90,10 +92,12 @@ class Frame:
         store: database.Database,
         shared: tables.Tables,
         prefix: str,
+        longest_s: float = 3600.0,
     ) -> None:
         self._database = store
         self._tables = shared
         self._prefix = prefix
+        self._longest_s = longest_s
 
     async def mutate(
         self, request: Any, unit: Callable[[Mutation, Any], Message | None]
@@ -117,7 +121,9 @@ class Frame:
             earlier = self.accept(caller, call.method, request, operation_id)
             if earlier:
                 return operations.get(self._tables, earlier)
-        mutation = Mutation(caller, call, self._tables, operation_id, request.validate_only)
+        mutation = Mutation(
+            caller, call, self._tables, operation_id, request.validate_only, self._longest_s
+        )
         answer = unit(mutation, request)
         row = self._row(mutation, request, answer)
         if request.validate_only:

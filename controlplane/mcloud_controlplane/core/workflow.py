@@ -30,8 +30,7 @@ from mcloud_controlplane.core import contract, database, tables, tracing
 
 log = structlog.get_logger()
 
-LEASE_S = 15
-_RENEW_S = 4
+LEASE_S = 15.0
 _POLL_S = 2.0
 _RUNNING = ("RUNNING", "UNDOING")
 
@@ -90,8 +89,8 @@ class Workflow:
     on_failed: Callable[[Job], None]
 
 
-# Called around each step with (workflow, step index, "do" or "undo", "before" or "after"); tests
-# make it fail, or end the process.
+# Called around each do and undo with (workflow, step index, "do" or "undo", "before" or "after").
+# It may raise what the step may raise, with the same consequences; tests do, or end the process.
 Probe = Callable[[str, int, str, str], Awaitable[None]]
 
 
@@ -109,6 +108,7 @@ class Runner:
     Args:
         workflows: by name; every workflow of the database.
         concurrency: operations at a time; the others wait in the database.
+        lease_s: for how long an operation is left to a runner that has fallen silent.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class Runner:
         workflows: Mapping[str, Workflow],
         *,
         concurrency: int = 200,
+        lease_s: float = LEASE_S,
         probe: Probe = no_probe,
         host_name: str = "",
     ) -> None:
@@ -125,6 +126,7 @@ class Runner:
         self._tables = shared
         self.workflows = workflows
         self._concurrency = concurrency
+        self._lease_s = lease_s
         self._probe = probe
         self._host_name = host_name
         self._owner = secrets.token_hex(6)
@@ -147,9 +149,19 @@ class Runner:
                     except TimeoutError:
                         continue
         finally:
-            renewing.cancel()
-            for task in self._held.values():
+            tasks = [renewing, *self._held.values()]
+            held = list(self._held)
+            for task in tasks:
                 task.cancel()
+            await asyncio.wait(tasks)
+            if held:
+                await self._database.write(self._let_go, held)
+
+    def _let_go(self, held: list[str]) -> None:
+        """Let another runner go on at once."""
+        table = self._tables.operation
+        mine = table.id.in_(held) & (table.lease_owner == self._owner)
+        table.update(lease_expire_time=0).where(mine).execute()
 
     async def _take_all(self) -> None:
         """Take what is free, as far as there is room, and hear of cancellations."""
@@ -207,7 +219,7 @@ class Runner:
                     # Higher than those of earlier operations on the same resource, which went with
                     # their effects in other databases: hence the time.
                     lease_number=max(number + 1, moment),
-                    lease_expire_time=moment + LEASE_S * 1_000_000,
+                    lease_expire_time=self._expiry(),
                 )
                 .where((table.id == id_) & (table.lease_number == number))
                 .execute()
@@ -219,7 +231,7 @@ class Runner:
     async def _renew(self) -> None:
         """Keep every lease that is held, in one statement."""
         while True:
-            await asyncio.sleep(_RENEW_S)
+            await asyncio.sleep(self._lease_s / 4)
             held = list(self._held)
             if not held:
                 continue
@@ -235,9 +247,12 @@ class Runner:
     def _renew_now(self, held: list[str]) -> list[str]:
         table = self._tables.operation
         mine = table.id.in_(held) & (table.lease_owner == self._owner)
-        table.update(lease_expire_time=database.now() + LEASE_S * 1_000_000).where(mine).execute()
+        table.update(lease_expire_time=self._expiry()).where(mine).execute()
         kept = {row.id for row in table.select(table.id).where(mine)}
         return [id_ for id_ in held if id_ not in kept]
+
+    def _expiry(self) -> int:
+        return database.now() + int(self._lease_s * 1_000_000)
 
     # -- one operation ---------------------------------------------------------------------------
 
@@ -280,9 +295,7 @@ class Runner:
             start = database.now()
             await self._database.write(self._begin_step, job, step, start)
             try:
-                await self._probe(workflow.name, index, "do", "before")
-                await self._attempt(step, job, event)
-                await self._probe(workflow.name, index, "do", "after")
+                await self._attempt(workflow, index, job, event)
             except errors.Error as error:
                 job.error = error
                 await self._database.write(self._fail_step, job, step, index, error)
@@ -291,8 +304,11 @@ class Runner:
             await self._database.write(self._end_step, workflow, job, step, index, last)
         return len(workflow.steps)
 
-    async def _attempt(self, step: Step, job: Job, cancelled: asyncio.Event) -> None:
+    async def _attempt(
+        self, workflow: Workflow, index: int, job: Job, cancelled: asyncio.Event
+    ) -> None:
         """Do a step; on UNAVAILABLE and ABORTED again, until the step's or the job's deadline."""
+        step = workflow.steps[index]
         limit = step.deadline_s
         if job.deadline is not None:
             limit = min(limit, max((job.deadline - database.now()) / 1e6, 0.1))
@@ -300,7 +316,9 @@ class Runner:
         pause = 0.1
         while True:
             try:
+                await self._probe(workflow.name, index, "do", "before")
                 await _until_cancelled(step.do(job), cancelled, end)
+                await self._probe(workflow.name, index, "do", "after")
                 return
             except (errors.Unavailable, errors.Conflict, errors.DeadlineExceeded) as error:
                 if error.reason == "STALE_LEASE":

@@ -40,9 +40,7 @@ def messages(rows: Sequence[Network]) -> list[network_pb2.Network]:
         network_pb2.Network(
             metadata=convert.metadata(row),
             spec=network_pb2.NetworkSpec.FromString(bytes(row.spec)),
-            status=network_pb2.NetworkStatus(
-                vni=row.vni, mtu=row.mtu, subnet_ids=subnets[row.id]
-            ),
+            status=network_pb2.NetworkStatus(vni=row.vni, mtu=row.mtu, subnet_ids=subnets[row.id]),
         )
         for row in rows
     ]

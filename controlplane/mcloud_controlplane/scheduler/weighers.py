@@ -48,12 +48,12 @@ WEIGHERS: tuple[Weigher, ...] = (
 
 
 def scaled(scores: Floats) -> Floats:
-    """Return scores on a scale of 0 to 1; all 1 where they are equal.
+    """Return scores on a scale of 0 to 1; all 0 where they are equal: no opinion.
 
     Args:
         scores: at least one.
     """
     low, high = scores.min(), scores.max()
     if high - low < 1e-12:
-        return np.ones_like(scores)
+        return np.zeros_like(scores)
     return np.asarray((scores - low) / (high - low))

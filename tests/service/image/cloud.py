@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import pytest
 
 from mcloud.common.v1 import operation_pb2, options_pb2
 from mcloud.identity.v1 import token_service_pb2
@@ -31,6 +32,13 @@ from mcloud_controlplane.settings import Settings
 from service.identity import cloud
 
 Upload = image_service_pb2.UploadImageDataRequest
+
+# For tests whose units lock, race or compare in the database.
+both_databases = pytest.mark.parametrize(
+    "database_url",
+    ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)],
+    indirect=True,
+)
 
 
 class StorageStubs:

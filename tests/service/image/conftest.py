@@ -1,4 +1,4 @@
-"""A control plane of identity and image, over SQLite and PostgreSQL."""
+"""A control plane of identity and image."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from service.identity.cloud import free_port
 from service.image.cloud import Project, StorageCloud
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.fixture
 def database_url(request: pytest.FixtureRequest) -> str:
-    """A value for Settings.database."""
-    if request.param == "sqlite":
+    """A value for Settings.database: SQLite, unless the test asks for `both_databases`."""
+    if getattr(request, "param", "sqlite") == "sqlite":
         return "sqlite"
     return str(request.getfixturevalue("postgresql_url"))
 

@@ -12,12 +12,19 @@ from mcloud.image.v1 import image_pb2, image_service_pb2
 from mcloud_base import errors, ids, rpc
 from mcloud_controlplane.image import model
 from service.identity.cloud import eventually, refused
-from service.image.cloud import Project, StorageCloud, download, names_of
+from service.image.cloud import (
+    Project,
+    StorageCloud,
+    both_databases,
+    download,
+    names_of,
+)
 
 PUBLIC = image_pb2.IMAGE_VISIBILITY_PUBLIC
 State = image_pb2.ImageStatus
 
 
+@both_databases
 async def test_an_image_becomes_active_with_its_bytes(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -68,6 +75,7 @@ async def test_only_an_administrator_makes_an_image_public(
     assert (type(refusal), refusal.reason) == (errors.PermissionDenied, "IMAGE_NOT_OWNED")
 
 
+@both_databases
 async def test_a_watch_shows_what_its_owner_sees_and_no_more(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -126,6 +134,7 @@ async def test_an_update_changes_what_its_mask_names(cloud: StorageCloud, projec
     assert (await refused(call)).reason == "VERSION_CONFLICT"
 
 
+@both_databases
 async def test_the_quota_of_images_holds(cloud: StorageCloud, project: Project) -> None:
     await set_quota(cloud, project, image_count=2)
     results = await asyncio.gather(
@@ -137,6 +146,7 @@ async def test_the_quota_of_images_holds(cloud: StorageCloud, project: Project) 
     assert len(await listed(cloud, project)) == 2
 
 
+@both_databases
 async def test_a_repeated_creation_returns_the_first_operation(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -155,6 +165,7 @@ async def test_a_repeated_creation_returns_the_first_operation(
     assert await listed(cloud, project) == ["debian"]
 
 
+@both_databases
 async def test_the_bytes_of_a_deleted_image_stay_while_they_are_used(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -185,6 +196,7 @@ async def test_the_bytes_of_a_deleted_image_stay_while_they_are_used(
     assert refusal.reason == "IMAGE_NOT_FOUND"
 
 
+@both_databases
 async def test_a_use_that_was_released_never_comes_again(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -209,6 +221,7 @@ async def test_an_image_without_bytes_cannot_be_used(cloud: StorageCloud, projec
     assert refusal.reason == "IMAGE_NOT_ACTIVE"
 
 
+@both_databases
 async def test_uses_are_listed_by_instance(cloud: StorageCloud, project: Project) -> None:
     image = await cloud.active_image(project.user)
     instances = sorted(ids.new("i") for _ in range(5))

@@ -19,13 +19,22 @@ from mcloud_base import errors, rpc
 from mcloud_controlplane.core import database
 from mcloud_controlplane.image import contents, model, sweeper
 from mcloud_controlplane.settings import Settings
-from service.identity.cloud import eventually, refused
-from service.image.cloud import Project, StorageCloud, Upload, download, upload_requests
+from service.identity.cloud import eventually, free_port, refused
+from service.image.cloud import (
+    Project,
+    StorageCloud,
+    StorageStubs,
+    Upload,
+    both_databases,
+    download,
+    upload_requests,
+)
 
 State = image_pb2.ImageStatus
 CONTENT = os.urandom(5_000_003)
 
 
+@both_databases
 async def test_an_upload_goes_on_where_it_stopped(cloud: StorageCloud, project: Project) -> None:
     id_ = (await cloud.create_image(project.user)).metadata.id
     half = 3_000_001
@@ -90,6 +99,7 @@ async def test_wrong_bytes_are_thrown_away_and_may_be_brought_again(
     assert (done.status.state, done.status.fault) == (State.STATE_ACTIVE, "")
 
 
+@both_databases
 async def test_of_two_uploads_at_once_one_is_refused(cloud: StorageCloud, project: Project) -> None:
     id_ = (await cloud.create_image(project.user)).metadata.id
     results = await asyncio.gather(
@@ -142,6 +152,7 @@ async def test_a_full_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     opened.close()
 
 
+@both_databases
 async def test_the_quota_of_bytes_holds_also_for_uploads_at_once(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -198,6 +209,7 @@ async def test_an_image_that_is_deleted_meanwhile_ends_its_upload(
     await eventually(swept, timeout_s=40)
 
 
+@both_databases
 async def test_an_upload_that_was_given_up_ends_in_an_error(
     cloud: StorageCloud, project: Project
 ) -> None:
@@ -240,14 +252,11 @@ async def test_a_chunk_is_at_most_a_mebibyte(cloud: StorageCloud, project: Proje
     assert refusal.reason == "BAD_REQUEST"
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_an_upload_survives_the_death_of_its_process(
     cloud: StorageCloud, project: Project, settings: Settings, tmp_path: Path
 ) -> None:
     """A second process serves the upload and is killed in the middle of it."""
     id_ = (await cloud.create_image(project.user)).metadata.id
-    from service.identity.cloud import free_port
-
     public = f"127.0.0.1:{free_port()}"
     config = tmp_path / "second.toml"
     config.write_text(
@@ -277,8 +286,6 @@ async def test_an_upload_survives_the_death_of_its_process(
                 yield request
             brought.set()
             await asyncio.Event().wait()
-
-        from service.image.cloud import StorageStubs
 
         call = StorageStubs(channel).images.UploadImageData(
             stalling(), metadata=tuple(project.user)

@@ -1,4 +1,4 @@
-"""A control plane of identity and volume, and a host that stores volumes; over both databases."""
+"""A control plane of identity and volume, and a host that stores volumes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from service.volume.cloud import VolumeCloud
 from service.volume.storage_host import StorageHost
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.fixture
 def database_url(request: pytest.FixtureRequest) -> str:
-    """A value for Settings.database."""
-    if request.param == "sqlite":
+    """A value for Settings.database: SQLite, unless the test asks for `both_databases`."""
+    if getattr(request, "param", "sqlite") == "sqlite":
         return "sqlite"
     return str(request.getfixturevalue("postgresql_url"))
 

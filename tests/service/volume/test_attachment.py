@@ -12,13 +12,14 @@ from mcloud_base import errors, ids, rpc
 from mcloud_controlplane.core import database
 from mcloud_controlplane.volume import model
 from service.identity.cloud import eventually, refused
-from service.image.cloud import Project
+from service.image.cloud import Project, both_databases
 from service.volume.cloud import State, VolumeCloud
 from service.volume.storage_host import StorageHost, until
 
 Attached = attachment_pb2.AttachmentStatus
 
 
+@both_databases
 async def test_a_volume_is_reserved_served_cut_off_and_given_back(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -79,6 +80,7 @@ async def test_a_second_instance_is_refused_with_the_first_ones_name(
     assert refusal.reason == "VOLUME_IN_USE"
 
 
+@both_databases
 async def test_of_many_who_reserve_at_once_one_wins(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -160,6 +162,7 @@ async def test_connecting_brings_row_fifteen_of_the_trace(
     assert 0 < step.start_time.ToMicroseconds() <= step.end_time.ToMicroseconds()
 
 
+@both_databases
 async def test_a_connected_volume_is_not_given_to_another_domain(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -185,6 +188,7 @@ async def test_a_connected_volume_is_not_given_to_another_domain(
     assert storage.most_clients == 1
 
 
+@both_databases
 async def test_what_was_released_is_never_reserved_or_connected_again(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -202,6 +206,7 @@ async def test_what_was_released_is_never_reserved_or_connected_again(
     assert refusal.reason == "ID_RETIRED"
 
 
+@both_databases
 async def test_a_silent_storing_host_is_told_and_taken_up_when_it_is_back(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:

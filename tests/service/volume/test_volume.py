@@ -14,11 +14,12 @@ from mcloud_base import errors, ids, rpc
 from mcloud_controlplane.core import database
 from mcloud_controlplane.volume import model, volume_workflow
 from service.identity.cloud import eventually, refused
-from service.image.cloud import Project
+from service.image.cloud import Project, both_databases
 from service.volume.cloud import Operation, State, VolumeCloud
 from service.volume.storage_host import StorageHost
 
 
+@both_databases
 async def test_a_volume_is_made_and_deleted(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -71,6 +72,7 @@ async def test_a_full_host_gets_nothing_and_the_emptiest_is_taken(
         await host.stop()
 
 
+@both_databases
 async def test_creations_at_once_stay_within_a_hosts_room(
     cloud: VolumeCloud, project: Project
 ) -> None:
@@ -89,6 +91,7 @@ async def test_creations_at_once_stay_within_a_hosts_room(
     await host.stop()
 
 
+@both_databases
 async def test_the_quota_of_volumes_holds(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -113,6 +116,7 @@ async def test_a_dry_run_writes_nothing(
     assert await cloud.volumes(project) == []
 
 
+@both_databases
 async def test_an_update_changes_name_and_description(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -135,6 +139,7 @@ async def test_an_update_changes_name_and_description(
     assert await cloud.volumes(other) == []
 
 
+@both_databases
 async def test_a_watch_shows_the_life_of_a_volume(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -173,6 +178,7 @@ async def test_a_host_that_cannot_store_it_ends_the_creation(
     await assert_clean(cloud, project, storage)
 
 
+@both_databases
 async def test_a_cancelled_creation_leaves_nothing_on_the_host(
     cloud: VolumeCloud, project: Project, storage: StorageHost
 ) -> None:
@@ -305,6 +311,7 @@ async def test_a_failure_at_any_step_of_the_deletion_still_lets_it_go(
     assert storage.volumes == {}
 
 
+@both_databases
 @pytest.mark.parametrize(
     ("workflow", "index"),
     [("create_volume", 0), ("create_volume", 1), ("create_volume", 2)]

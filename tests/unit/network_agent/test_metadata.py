@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcloud_agents.network import metadata
 from mcloud_agents.network.metadata import MetadataServer, Request, answer, list_children, parse
 
 DOCUMENTS = {
@@ -58,7 +57,7 @@ def test_a_proxy_is_refused() -> None:
 
 @pytest.fixture
 async def address() -> AsyncIterator[tuple[str, int]]:
-    server = MetadataServer({"port-1": DOCUMENTS}.get)
+    server = MetadataServer({"port-1": DOCUMENTS}.get, timeout_s=0.5)
     listener = socket.create_server(("127.0.0.1", 0))
     await server.serve("net-1", 1, listener, {"127.0.0.1": "port-1"}.get)
     assert server.serves("net-1", 1)
@@ -87,10 +86,7 @@ async def test_over_the_wire(address: tuple[str, int]) -> None:
     assert reply.endswith(b"\r\n\r\n")
 
 
-async def test_a_guest_cannot_fill_the_service(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metadata, "_TIMEOUT_S", 0.5)
+async def test_a_guest_cannot_fill_the_service(address: tuple[str, int]) -> None:
     assert await ask(address, b"GET /" + b"x" * 100_000) == b""
     silent = [await asyncio.open_connection(*address) for _ in range(20)]
     async with asyncio.timeout(30):  # the first ones time out, the others are refused at once
