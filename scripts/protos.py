@@ -49,7 +49,7 @@ def _compile(root: Path, outputs: list[str]) -> list[Path]:
 
 
 def image(path: Path, *, source_info: bool, root: Path = ROOT) -> None:
-    """Write the whole contract as one descriptor set: what Buf reads, and the committed baseline."""
+    """Write the contract as one descriptor set: what Buf reads, and the committed baseline."""
     outputs = [f"--descriptor_set_out={path}", "--include_imports"]
     _compile(root, outputs + ["--include_source_info"] * source_info)
 

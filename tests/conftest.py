@@ -82,7 +82,9 @@ class Cloud:
             self._tokens[system] = answer.token
         return self._tokens[system]
 
-    async def call(self, method: Any, request: Any, *, system: bool = False, timeout_s: float = 30) -> Any:
+    async def call(
+        self, method: Any, request: Any, *, system: bool = False, timeout_s: float = 30
+    ) -> Any:
         """Call a method of a stub over `channel` as the administrator."""
         token = await self.token(system=system)
         return await rpc.call(method, request, timeout_s=timeout_s, metadata=rpc.bearer(token))

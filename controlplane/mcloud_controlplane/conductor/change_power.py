@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from mcloud_controlplane.compute import instance_store
 from mcloud_controlplane.conductor import store
-from mcloud_controlplane.conductor.domains import Domains
+from mcloud_controlplane.conductor.domains import Domains, left
+from mcloud_controlplane.core import database
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.workflow import Job, Step, Workflow
 
@@ -30,7 +31,11 @@ class ChangePower:
         )
         state = values.get("power_state", "RUNNING")
         await self._domains.await_generation(
-            job, job.data["domain_id"], generation, state=state, timeout_s=_TIMEOUT_S
+            job,
+            job.data["domain_id"],
+            generation,
+            state=state,
+            timeout_s=left(job, _TIMEOUT_S),
         )
 
     def succeed(self, job: Job) -> None:
@@ -57,17 +62,14 @@ class ChangePower:
 
 def follow_domain(job: Job) -> None:
     """Free the instance, in the state that its domain is in. Within a unit."""
-    instance = store.get_instance(job.resource_id)
-    row = store.find_domain(instance.domain_id)
+    row = store.find_domain(store.get_instance(job.resource_id).domain_id)
     values: dict[str, object] = {}
-    if instance.operation_id == job.operation_id:
-        values["operation_id"] = ""
     if row is not None and row.state in _STATES:
         values["state"] = _STATES[row.state]
     if job.error is not None:
         values["fault"] = {
             "reason": job.error.reason,
             "message": job.error.message,
-            "time": job.deadline or 0,
+            "time": database.now(),
         }
-    store.set_instance(job.resource_id, **values)
+    store.end_operation(job, **values)

@@ -33,7 +33,14 @@ from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
 from mcloud_base import errors
 from mcloud_controlplane.compute import instance_store
 from mcloud_controlplane.conductor import store
-from mcloud_controlplane.conductor.domains import Domains, HostSilent
+from mcloud_controlplane.conductor.domains import (
+    REMOVE_S,
+    STORAGE_SILENT,
+    Domains,
+    HostSilent,
+    is_overdue,
+    left,
+)
 from mcloud_controlplane.conductor.neighbours import Neighbours, together
 from mcloud_controlplane.core import contract, database
 from mcloud_controlplane.core.database import Database
@@ -134,10 +141,13 @@ class CreateInstance:
     async def remove_domain(self, job: Job) -> None:
         """Undo 5 to 16. Have the host remove the domain, then give the room back."""
         try:
-            await self._domains.remove(job, job.data["domain_id"], timeout_s=_left(job))
+            await self._domains.remove(job, job.data["domain_id"], timeout_s=left(job, REMOVE_S))
         except HostSilent as error:
-            job.data["held"] = True
-            job.detail = error.message
+            job.data["held"] = job.detail = error.message
+        except errors.Unavailable as error:
+            if error.reason not in STORAGE_SILENT or not is_overdue(job):
+                raise
+            job.data["held"] = job.detail = error.message
 
     async def await_running(self, job: Job) -> None:
         """8 to 16. The agent does them; wait for its report.
@@ -147,23 +157,21 @@ class CreateInstance:
             errors.DeadlineExceeded: HOST_SILENT.
         """
         await self._domains.await_generation(
-            job, job.data["domain_id"], 1, state="RUNNING", timeout_s=_left(job)
+            job,
+            job.data["domain_id"],
+            1,
+            state="RUNNING",
+            timeout_s=left(job, _START_S - 5, share=0.5),
         )
 
     def succeed(self, job: Job) -> None:
         """Make the instance ACTIVE, in the operation's last transaction."""
-        store.set_instance(
-            job.resource_id,
-            state="ACTIVE",
-            operation_id="",
-            launch_time=database.now(),
-            fault=None,
-        )
+        store.end_operation(job, state="ACTIVE", launch_time=database.now(), fault=None)
         job.response = instance_store.get_message(job.resource_id)
 
     def fail(self, job: Job) -> None:
         """Make the instance say why it is not; nothing of it is left, or it says where."""
-        fail_instance(job, "ERROR")
+        fail_instance(job)
 
     def workflow(self) -> Workflow:
         """Return the table of the steps that the conductor runs."""
@@ -183,34 +191,21 @@ async def release_reservations(neighbours: Neighbours, job: Job, instance: Any) 
     """Give back what was reserved for an instance whose domain is gone."""
     await together(
         neighbours.release_ports(job, instance.nics),
-        neighbours.release_attachments(job, [v["attachment_id"] for v in instance.volumes]),
+        neighbours.release_attachments(
+            job,
+            [volume["attachment_id"] for volume in instance.volumes],
+            instance_deleted=instance.delete_time is not None,
+        ),
         neighbours.release_image_use(job, instance.image_id),
     )
 
 
-def fail_instance(job: Job, state: str) -> None:
-    """Put an instance into a state with the operation's error as its fault. Within a unit."""
+def fail_instance(job: Job) -> None:
+    """Put an instance into ERROR with the operation's error as its fault. Within a unit."""
     assert job.error is not None
-    instance = store.get_instance(job.resource_id)
-    # A delete that took over has its own operation in the row.
-    values: dict[str, Any] = {
-        "state": state,
-        "fault": {
-            "reason": job.error.reason,
-            "message": job.error.message,
-            "time": database.now(),
-        },
-    }
-    if instance.operation_id == job.operation_id:
-        values["operation_id"] = ""
-    store.set_instance(job.resource_id, **values)
-
-
-def _left(job: Job) -> float:
-    """Return how long may be waited for a host: until shortly before the job's deadline."""
-    if job.deadline is None:
-        return _START_S
-    return min(max((job.deadline - database.now()) / 1e6 - 1, 5.0), _START_S - 5)
+    message = "; ".join(filter(None, (job.error.message, job.data.get("held"))))
+    fault = {"reason": job.error.reason, "message": message, "time": database.now()}
+    store.end_operation(job, state="ERROR", fault=fault)
 
 
 def _check_fit(instance: Any, image: image_pb2.Image) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from mcloud_controlplane.compute import instance_store
 from mcloud_controlplane.compute.model import shared
 from mcloud_controlplane.conductor import store
-from mcloud_controlplane.conductor.create_instance import release_reservations
-from mcloud_controlplane.conductor.domains import REMOVE_S, Domains
+from mcloud_controlplane.conductor.create_instance import fail_instance, release_reservations
+from mcloud_controlplane.conductor.domains import REMOVE_S, Domains, left
 from mcloud_controlplane.conductor.neighbours import Neighbours
 from mcloud_controlplane.core import tables
 from mcloud_controlplane.core.database import Database
@@ -33,7 +33,9 @@ class DeleteInstance:
         if not other:
             job.skip("no operation was in the way")
             return
-        await self._database.until(lambda: _has_ended(other), timeout_s=REMOVE_S * 2)
+        await self._database.until(
+            lambda: _has_ended(other), timeout_s=left(job, REMOVE_S * 2, share=0.5)
+        )
 
     async def remove_domain(self, job: Job) -> None:
         """2. Have the host remove the domain, then give back what belonged to it."""
@@ -42,7 +44,7 @@ class DeleteInstance:
         if not domain_id:
             job.skip("it was on no host")
             return
-        await self._domains.remove(job, domain_id)
+        await self._domains.remove(job, domain_id, timeout_s=left(job, REMOVE_S))
 
     async def release(self, job: Job) -> None:
         """3. Give back what was reserved: ports, attachments, the use of the image."""
@@ -57,7 +59,7 @@ class DeleteInstance:
 
     def fail(self, job: Job) -> None:
         """Leave the rest to the reclaimer."""
-        store.set_instance(job.resource_id, operation_id="", state="ERROR")
+        fail_instance(job)
 
     def workflow(self) -> Workflow:
         """Return the table of steps."""

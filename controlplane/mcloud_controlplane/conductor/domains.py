@@ -7,17 +7,22 @@ from typing import Any
 from mcloud_base import errors
 from mcloud_controlplane.conductor import store
 from mcloud_controlplane.conductor.neighbours import Neighbours
+from mcloud_controlplane.core import database
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.workflow import Job
 
 REMOVE_S = 120.0
+# Reasons by which the volume service says that a volume's host does not let go of it.
+STORAGE_SILENT = ("STORAGE_HOST_SILENT", "STORAGE_HOST_FAILED")
+_ROUND_S = 1.0  # between the end of a wait and that of the operation
+_LEAST_S = 3.0  # that a host is given also by an operation which is late
 
 
 class Domains:
     """Bound to the compute database and the other services."""
 
-    def __init__(self, database: Database, neighbours: Neighbours) -> None:
-        self._database = database
+    def __init__(self, opened: Database, neighbours: Neighbours) -> None:
+        self._database = opened
         self._neighbours = neighbours
 
     async def await_generation(
@@ -87,6 +92,23 @@ class Domains:
             ) from error
         if isinstance(found, errors.Error):
             raise found
+
+
+def is_overdue(job: Job) -> bool:
+    """Tell whether the operation should have ended."""
+    return job.deadline is not None and job.deadline < database.now()
+
+
+def left(job: Job, longest_s: float, *, share: float = 1.0) -> float:
+    """Return for how long a step may wait for a host.
+
+    Args:
+        share: of what is left to the job; a step that has an undo leaves some to it.
+    """
+    if job.deadline is None:
+        return longest_s
+    left_s = (job.deadline - database.now()) / 1e6 * share
+    return min(max(left_s - _ROUND_S, _LEAST_S), longest_s)
 
 
 class HostSilent(errors.Error):

@@ -100,11 +100,15 @@ class Neighbours:
         )
         return await rpc.call(self.attachments.EnsureAttachment, request, timeout_s=_TIMEOUT_S)
 
-    async def release_attachments(self, job: Job, attachment_ids: Iterable[str]) -> None:
+    async def release_attachments(
+        self, job: Job, attachment_ids: Iterable[str], *, instance_deleted: bool = False
+    ) -> None:
         """Give volumes back; retires the attachments' ids."""
         for attachment_id in attachment_ids:
             request = attachment_service_pb2.ReleaseAttachmentRequest(
-                attachment_id=attachment_id, lease_number=job.lease_number
+                attachment_id=attachment_id,
+                lease_number=job.lease_number,
+                instance_deleted=instance_deleted,
             )
             await rpc.call(self.attachments.ReleaseAttachment, request, timeout_s=_TIMEOUT_S)
 

@@ -1,12 +1,14 @@
-"""Goes on where an operation had to end because a host was silent, once it has answered.
+"""Goes on where an operation had to end without having come to its end, most often for a silent host.
 
-It looks only at rows: domains that their hosts have reported absent and that still hold room, and
-instances that are deleted, or were never built, and still have reservations but no domain.
+It looks only at rows that no operation works on: instances that are deleted and still have a
+domain, domains that their hosts have reported absent and that still hold room, and instances that
+are deleted, or were never built, and still have reservations but no domain.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import structlog
@@ -18,12 +20,15 @@ from mcloud_controlplane.conductor import store
 from mcloud_controlplane.conductor.create_instance import release_reservations
 from mcloud_controlplane.conductor.domains import Domains
 from mcloud_controlplane.conductor.neighbours import Neighbours
+from mcloud_controlplane.core import tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.workflow import Job
 
 log = structlog.get_logger()
 
 _INTERVAL_S = 10.0
+_PAUSE_S = 1.0  # between two rounds that changes have caused
+_AT_ONCE = 10
 
 
 class Reclaimer:
@@ -33,31 +38,76 @@ class Reclaimer:
         self._database = opened
         self._neighbours = neighbours
         self._domains = domains
+        self._slots = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
         """Reclaim what there is, now and then and when something changed."""
-        while True:
-            try:
-                await self.reclaim()
-            except errors.Error as error:
-                log.warning("reclaiming is tried again", reason=error.reason)
-            await asyncio.sleep(_INTERVAL_S)
+        with self._database.listening() as event:
+            while True:
+                event.clear()
+                try:
+                    await self.reclaim()
+                except errors.Error as error:
+                    log.warning("reclaiming is tried again", reason=error.reason)
+                await asyncio.sleep(_PAUSE_S)
+                try:
+                    async with asyncio.timeout(_INTERVAL_S):
+                        await event.wait()
+                except TimeoutError:
+                    continue
 
     async def reclaim(self) -> None:
-        """Reclaim everything that can be."""
-        for instance, domain_id, job in await self._database.read(_gone_domains):
-            await self._domains.release(job, instance, domain_id)
-        for instance, job in await self._database.read(_left_reservations):
-            await release_reservations(self._neighbours, job, instance)
-            await self._database.write(_released, instance)
-            log.info("reservations reclaimed", instance=instance.id)
+        """Reclaim everything that can be; what cannot be now is not in the way of the rest."""
+        for domain_id, operation_id in await self._database.read(_left_domains):
+            await self._database.write(store.desire_absent, domain_id, operation_id)
+            log.info("domain of a deleted instance is removed", domain=domain_id)
+        gone = await self._database.read(_gone_domains)
+        await asyncio.gather(
+            *(
+                self._try(instance, self._domains.release(job, instance, domain_id))
+                for instance, domain_id, job in gone
+            )
+        )
+        left = await self._database.read(_left_reservations)
+        await asyncio.gather(
+            *(self._try(instance, self._release(job, instance)) for instance, job in left)
+        )
+
+    async def _release(self, job: Job, instance: Instance) -> None:
+        await release_reservations(self._neighbours, job, instance)
+        await self._database.write(_released, instance)
+        log.info("reservations reclaimed", instance=instance.id)
+
+    async def _try(self, instance: Instance, work: Awaitable[None]) -> None:
+        async with self._slots:
+            try:
+                await work
+            except errors.Error as error:
+                log.warning("reclaiming is tried again", instance=instance.id, reason=error.reason)
 
 
-def _gone_domains() -> list[tuple[Any, str, Job]]:
+def _left_domains() -> list[tuple[str, str]]:
+    """Return domains of deleted instances that have no tombstone, and their last operations."""
+    rows = (
+        Domain.select(Domain.id, Domain.instance_id)
+        .join(Instance, on=(Instance.id == Domain.instance_id))
+        .where(Instance.delete_time.is_null(False) & ~Domain.absent)
+        .limit(100)
+    )
+    found = []
+    for row in rows:
+        instance = store.get_instance(row.instance_id)
+        if not _is_worked_on(instance):
+            found.append((row.id, _job(instance).operation_id))
+    return found
+
+
+def _gone_domains() -> list[tuple[Instance, str, Job]]:
     rows = (
         Domain.select(Domain)
         .join(Claim, on=(Claim.domain_id == Domain.id))
         .where(Domain.absent_time.is_null(False))
+        .order_by(fn.RANDOM())  # so that nothing that cannot be done yet is in the way
         .limit(100)
     )
     found = []
@@ -68,14 +118,19 @@ def _gone_domains() -> list[tuple[Any, str, Job]]:
     return found
 
 
-def _left_reservations() -> list[tuple[Any, Job]]:
+def _left_reservations() -> list[tuple[Instance, Job]]:
     living = Domain.select(Domain.id).where(
         (Domain.instance_id == Instance.id) & Domain.absent_time.is_null()
     )
-    over = Instance.delete_time.is_null(False) | (
-        (Instance.state == "ERROR") & Instance.launch_time.is_null()
+    held = Claim.select(Claim.domain_id).where(Claim.instance_id == Instance.id)
+    going = Instance.delete_time.is_null(False) & (Instance.state != "DELETED")
+    unbuilt = (Instance.state == "ERROR") & Instance.launch_time.is_null() & Instance.reserved
+    rows = (
+        Instance.select()
+        .where((going | unbuilt) & ~fn.EXISTS(living) & ~fn.EXISTS(held))
+        .order_by(fn.RANDOM())
+        .limit(100)
     )
-    rows = Instance.select().where(Instance.reserved & over & ~fn.EXISTS(living)).limit(100)
     return [(row, _job(row)) for row in rows if not _is_worked_on(row)]
 
 
@@ -110,3 +165,5 @@ def _released(instance: Any) -> None:
     if instance.delete_time is not None:
         values["state"] = "DELETED"
     store.set_instance(instance.id, **values)
+    if instance.delete_time is not None:
+        tables.changed("instance", instance.id, instance.project_id, "DELETED")

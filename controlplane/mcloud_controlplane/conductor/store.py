@@ -124,6 +124,19 @@ def set_instance(id_: str, **values: Any) -> None:
     tables.changed("instance", id_, row.project_id)
 
 
+def end_operation(job: workflows.Job, **values: Any) -> None:
+    """Change an instance's row as its operation ends, and free it. Within a unit.
+
+    An operation that was pre-empted by a delete changes nothing of what that has begun.
+    """
+    instance = get_instance(job.resource_id)
+    if instance.operation_id == job.operation_id:
+        values["operation_id"] = ""
+    elif instance.delete_time is not None:
+        values.pop("state", None)
+    set_instance(job.resource_id, **values)
+
+
 def get_instance(id_: str) -> Instance:
     """Return an instance's row, also a deleted one's."""
     return Instance.get_by_id(id_)

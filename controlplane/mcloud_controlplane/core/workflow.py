@@ -356,6 +356,7 @@ class Runner:
         pause = 0.1
         while True:
             await self._database.write(self._begin_undo_step, job, step)
+            job.detail = ""
             try:
                 await self._probe(workflow.name, index, "undo", "before")
                 await step.undo(job)
@@ -451,16 +452,19 @@ class Runner:
             self._row(job, step, state="UNDOING", detail=job.detail)
 
     def _end_undo(self, workflow: Workflow, job: Job, step: Step, index: int) -> None:
-        job.detail = ""
         self._save(job, position=max(index - 1, 0))
         table = self._tables.operation_step
         if step.number and step.undo is not None:
-            table.update(state="UNDONE", end_time=database.now()).where(
+            values = {"state": "UNDONE", "end_time": database.now()}
+            if job.detail:
+                values["detail"] = job.detail
+            table.update(values).where(
                 (table.operation_id == job.operation_id)
                 & (table.number == step.number)
                 & (table.attempt == job.attempt)
                 & (table.state.in_(("DONE", "UNDOING", "RUNNING")))
             ).execute()
+        job.detail = ""
         if index == 0:
             workflow.on_failed(job)
             cancelled = isinstance(job.error, errors.Cancelled)

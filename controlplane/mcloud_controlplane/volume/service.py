@@ -26,9 +26,10 @@ def register(runtime: Runtime) -> None:
         model.shared,
         volume_workflow.workflows(database),
         probe=runtime.probe,
+        lease_s=runtime.settings.operation_lease_s,
         host_name=socket.gethostname(),
     )
-    frame = Frame(database, model.shared, "vop")
+    frame = Frame(database, model.shared, "vop", runtime.settings.operation_deadline_s)
     hosts = sessions.Sessions(
         database,
         model.shared,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mcloud.common.v1 import operation_pb2
@@ -12,8 +13,10 @@ from mcloud.volume.v1 import (
     volume_service_pb2,
 )
 from mcloud_base import ids, rpc
+from mcloud_controlplane.volume import model
 from service.identity.cloud import unpack
 from service.image.cloud import Host, Project, StorageCloud
+from service.volume.storage_host import StorageHost
 
 State = volume_pb2.VolumeStatus
 Operation = operation_pb2.Operation
@@ -125,3 +128,18 @@ class VolumeCloud(StorageCloud):
             instance_deleted=instance_deleted,
         )
         return await rpc.call(self.services.attachments.ReleaseAttachment, request)
+
+
+async def assert_clean(cloud: VolumeCloud, project: Project, storage: StorageHost) -> None:
+    """Nothing is on the host or meant for it, and the row can be deleted."""
+    assert storage.volumes == {}
+    for volume in await cloud.volumes(project):
+        assert volume.status.state == State.STATE_ERROR
+        assert volume.status.host_id == ""
+        ended = await cloud.delete_volume(project, volume.metadata.id)
+        assert ended.state == Operation.STATE_SUCCEEDED
+    assert await cloud.volumes(project) == []
+
+
+async def write(cloud: VolumeCloud, unit: Callable[[], object]) -> None:
+    await cloud.runtime.database("volume", model.open_database).write(unit)

@@ -118,7 +118,13 @@ def test_optional_zero_is_shown() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (20_132_659, "19.2 MiB"), (5 << 40, "5.0 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (20_132_659, "19.2 MiB"),
+        (5 << 40, "5.0 TiB"),
+    ],
 )
 def test_size(count: int, text: str) -> None:
     assert output.size(count) == text

@@ -70,7 +70,9 @@ def test_an_rpc_says_who_may_call_it(method: descriptor.MethodDescriptor) -> Non
 def test_mutations_can_be_repeated_and_tried() -> None:
     for method in of_kind(Rule.KIND_MUTATE):
         fields = method.input_type.fields_by_name
-        assert fields["request_id"].GetOptions().Extensions[options_pb2.rules].uuid, method.full_name
+        assert fields["request_id"].GetOptions().Extensions[options_pb2.rules].uuid, (
+            method.full_name
+        )
         assert fields["request_id"].GetOptions().Extensions[options_pb2.rules].required
         assert fields["validate_only"].type == FieldDescriptor.TYPE_BOOL
         assert method.output_type.full_name == OPERATION, method.full_name
@@ -146,7 +148,14 @@ def test_passwords_secrets_and_tokens_are_sensitive() -> None:
     for file in files():
         for message in file.message_types_by_name.values():
             for field in message.fields:
-                if field.name in ("password", "new_password", "current_password", "secret", "user_data", "delegated_token") and field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
+                if field.name in (
+                    "password",
+                    "new_password",
+                    "current_password",
+                    "secret",
+                    "user_data",
+                    "delegated_token",
+                ) and field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
                     assert field.GetOptions().Extensions[options_pb2.sensitive], field.full_name
                     found += 1
     assert found >= 8

@@ -1,0 +1,260 @@
+"""A process of its own that races another one: `python -m flow.race_worker SCENARIO URL ARGUMENTS`.
+
+It opens the database, says "ready", waits for a line on its standard input (the other process gets
+it at the same time), does its part, and prints what came of it as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from mcloud.common.v1 import metadata_pb2, options_pb2
+from mcloud.compute.v1 import flavor_pb2, flavor_service_pb2, instance_service_pb2
+from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
+from mcloud_base import errors, ids, logs
+from mcloud_controlplane.compute import flavor_store, instance_store, model
+from mcloud_controlplane.conductor import store as conductor_store
+from mcloud_controlplane.core import auth, database, listing
+from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.mutation import Frame
+from mcloud_controlplane.core.workflow import Job, Runner, Step, Workflow
+from mcloud_controlplane.scheduler import store as scheduler_store
+from mcloud_controlplane.scheduler.service import PlacementServicer, View
+from mcloud_controlplane.settings import Settings
+
+PROJECT = "p-race"
+Part = Callable[[Database, dict[str, Any]], Awaitable[dict[str, Any]]]
+_AT_A_TIME = 8
+
+
+def say(word: str) -> None:
+    print(word, flush=True)
+
+
+async def told() -> str:
+    """Return the next line of the standard input."""
+    return (await asyncio.to_thread(sys.stdin.readline)).strip()
+
+
+async def outcomes(work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Do it all, some at a time; of what was refused, return the reason."""
+    limit = asyncio.Semaphore(_AT_A_TIME)
+
+    async def one(part: Coroutine[Any, Any, Any]) -> Any:
+        async with limit:
+            try:
+                return await part
+            except errors.Error as error:
+                return error.reason
+
+    return await asyncio.gather(*map(one, work))
+
+
+def enter(method: str) -> None:
+    """Be a member of the project who calls a method."""
+    caller = auth.Caller(
+        kind=options_pb2.Rule.CALLER_USER,
+        principal_id="u-race",
+        project_id=PROJECT,
+        role=options_pb2.Rule.ROLE_ADMIN,
+        system=True,
+    )
+    auth.set_current(caller, auth.Call(method, request_id="", receive_time=database.now()))
+
+
+async def claim(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask this process's scheduler for room, many times."""
+    settings = Settings()
+    view = View(opened, settings)
+    placement = PlacementServicer(opened, settings, view)
+    tasks = [asyncio.create_task(view.follow()), asyncio.create_task(placement.work())]
+    await view.loaded.wait()
+
+    async def place() -> str:
+        request = placement_service_pb2.SelectDestinationsRequest(
+            domain_id=ids.new("d"),
+            instance_id=ids.new("i"),
+            project_id=PROJECT,
+            resources=placement_pb2.Resources(vcpu_count=1, memory_mib=64, disk_gib=1),
+        )
+        answer = await placement.SelectDestinations(request, None)  # type: ignore[arg-type]
+        return answer.claim.host_id
+
+    found = await outcomes([place() for _ in range(arguments["count"])])
+    for task in tasks:
+        task.cancel()
+    return {"outcomes": found}
+
+
+async def create(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Create instances; `request_ids` as given, or new ones."""
+    enter("mcloud.compute.v1.InstanceService/CreateInstance")
+    frame = Frame(opened, model.shared, "cop")
+    me = os.getpid()
+
+    async def one(number: int, request_id: str) -> str:
+        request = instance_service_pb2.CreateInstanceRequest(
+            request_id=request_id or ids.request_id(),
+            name=f"r{number}" if request_id else f"r{me}-{number}",
+        )
+        request.spec.flavor_id = arguments["flavor_id"]
+        request.spec.image_id = ids.new("img") if not request_id else arguments["image_id"]
+        return (await frame.mutate(request, instance_store.create)).id
+
+    given = arguments.get("request_ids") or [""] * arguments["count"]
+    return {"outcomes": await outcomes([one(n, given_id) for n, given_id in enumerate(given)])}
+
+
+async def write_and_watch(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make flavors while following all that are made, here and in the other process."""
+    enter("mcloud.compute.v1.FlavorService/CreateFlavor")
+    frame = Frame(opened, model.shared, "cop")
+    me, seen = os.getpid(), []
+
+    async def make(number: int) -> str:
+        request = flavor_service_pb2.CreateFlavorRequest(
+            request_id=ids.request_id(), name=f"f{me}-{number}"
+        )
+        request.spec.vcpu_count = 1
+        return (await frame.mutate(request, flavor_store.create)).resource.id
+
+    async def follow() -> None:
+        request = flavor_service_pb2.WatchFlavorsRequest(from_revision=arguments["revision"])
+        async for event in listing.watch(
+            opened, model.shared, "flavor", flavor_pb2.Flavor, request, auth.caller(),
+            flavor_store.load, everybody=True,
+        ):  # fmt: skip
+            if event.type == metadata_pb2.CHANGE_TYPE_ADDED:
+                seen.append([int(event.revision), event.resource_id])
+            if len(seen) >= arguments["expected"]:
+                return
+
+    watching = asyncio.create_task(follow())
+    made = await outcomes([make(number) for number in range(arguments["count"])])
+    async with asyncio.timeout(60):
+        await watching
+    return {"made": made, "seen": seen}
+
+
+async def run_workflows(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run whatever operations there are until none is left; tell which steps ran here."""
+    ran: list[list[Any]] = []
+
+    async def act(job: Job) -> None:
+        ran.append([job.operation_id, job.lease_number])
+        await asyncio.sleep(0)
+
+    flow = Workflow(
+        "race", (Step(1, "act", "test", act),), on_done=lambda job: None, on_failed=lambda job: None
+    )
+    running = asyncio.create_task(Runner(opened, model.shared, {"race": flow}).run())
+    table = model.shared.operation
+
+    def finished() -> bool | None:
+        return True if not table.select().where(table.state == "RUNNING").exists() else None
+
+    await opened.until(finished, timeout_s=60)
+    running.cancel()
+    return {"ran": ran}
+
+
+async def stall(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take an operation and stand still with it, as a stopped process does; then try to go on."""
+    result: dict[str, Any] = {"done": False}
+    left = asyncio.Event()
+
+    async def act(job: Job) -> None:
+        result["number"] = job.lease_number
+        say("holding")
+        sys.stdin.readline()  # the whole process waits: it cannot even see that it lost the lease
+        try:
+            await opened.write(
+                scheduler_store.check_lease, opened, job.operation_id, job.lease_number
+            )
+        except errors.Conflict as error:
+            result["effect"] = error.reason
+
+    def done(job: Job) -> None:
+        result["done"] = True
+
+    flow = Workflow("race", (Step(1, "act", "test", act),), on_done=done, on_failed=done)
+    runner = Runner(opened, model.shared, {"race": flow})
+
+    class Watched(Runner):
+        async def _hold(self, row: Any) -> None:
+            await super()._hold(row)
+            left.set()
+
+    runner.__class__ = Watched
+    running = asyncio.create_task(runner.run())
+    async with asyncio.timeout(60):
+        await left.wait()
+    running.cancel()
+    return result
+
+
+async def stop(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Stop instances that the other process stops, too."""
+    enter("mcloud.compute.v1.InstanceService/StopInstance")
+    frame = Frame(opened, model.shared, "cop")
+
+    async def one(id_: str) -> str:
+        request = instance_service_pb2.StopInstanceRequest(request_id=ids.request_id(), id=id_)
+        return (await frame.mutate(request, instance_store.stop)).id
+
+    return {"outcomes": await outcomes([one(id_) for id_ in arguments["instance_ids"]])}
+
+
+async def label(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Label instances, over and over, while the other process moves them to another state."""
+    enter("mcloud.compute.v1.InstanceService/UpdateInstance")
+    frame = Frame(opened, model.shared, "cop")
+
+    async def one(number: int, id_: str) -> str:
+        request = instance_service_pb2.UpdateInstanceRequest(request_id=ids.request_id(), id=id_)
+        request.update_mask.paths.append("labels")
+        request.labels["round"] = str(number)
+        return (await frame.mutate(request, instance_store.update)).id
+
+    rounds = range(arguments["rounds"])
+    found = await outcomes([one(n, id_) for n in rounds for id_ in arguments["instance_ids"]])
+    return {"outcomes": found}
+
+
+async def settle(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Count instances' boots, as workflows change what they own."""
+
+    async def one(number: int, id_: str) -> None:
+        def change() -> None:
+            conductor_store.set_instance(id_, boot_number=model.Instance.boot_number + 1)
+
+        await opened.write(change)
+
+    rounds = range(arguments["rounds"])
+    found = await outcomes([one(n, id_) for n in rounds for id_ in arguments["instance_ids"]])
+    return {"outcomes": found}
+
+
+PARTS: dict[str, Part] = {
+    part.__name__: part
+    for part in (claim, create, write_and_watch, run_workflows, stall, stop, label, settle)
+}
+
+
+async def main(name: str, url: str, arguments: dict[str, Any]) -> None:
+    opened = model.open_database(url)
+    say("ready")
+    await told()
+    result = await PARTS[name](opened, arguments)
+    say(json.dumps(result))
+    await asyncio.to_thread(opened.close)
+
+
+if __name__ == "__main__":
+    logs.configure(level="warning")
+    asyncio.run(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))
