@@ -167,10 +167,13 @@ class CreateInstance:
     def succeed(self, job: Job) -> None:
         """Make the instance ACTIVE, in the operation's last transaction."""
         store.end_operation(job, state="ACTIVE", launch_time=database.now(), fault=None)
+        store.count_build(job.data["domain_id"], failed=False)
         job.response = instance_store.get_message(job.resource_id)
 
     def fail(self, job: Job) -> None:
         """Make the instance say why it is not; nothing of it is left, or it says where."""
+        if not isinstance(job.error, errors.Cancelled):
+            store.count_build(job.data["domain_id"], failed=True)
         fail_instance(job)
 
     def workflow(self) -> Workflow:

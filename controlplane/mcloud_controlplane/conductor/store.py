@@ -204,6 +204,19 @@ def retire_domain(domain_id: str, instance_id: str, project_id: str, operation_i
     ).on_conflict_ignore().execute()
 
 
+def count_build(domain_id: str, *, failed: bool) -> None:
+    """Remember builds that a host refused, one after the other; the scheduler avoids such hosts."""
+    row = find_domain(domain_id)
+    if row is None or not row.host_id:
+        return
+    change = Host.update(failure_count=Host.failure_count + 1 if failed else 0)
+    concerned = Host.id == row.host_id
+    if not failed:
+        concerned &= Host.failure_count > 0
+    if change.where(concerned).execute():
+        tables.changed("host", row.host_id, "")
+
+
 def release_claim(domain_id: str) -> None:
     """Give the room back; nothing happens if none is held."""
     row = Claim.get_or_none(Claim.domain_id == domain_id)
