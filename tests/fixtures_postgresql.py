@@ -22,9 +22,13 @@ import psycopg
 import pytest
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
-# Of every service: a process that runs several has a database for each.
+# Of the services: a process that runs several has a database for each.
 DATABASES = ("identity", "compute", "image", "network", "volume")
 _START_S = 60
+_END_OTHERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
 _numbers = count(1)
 
 
@@ -33,12 +37,13 @@ class Server:
     user: str
     port: int
 
-    def url(self, database: str) -> str:
-        return f"postgresql://{self.user}@127.0.0.1:{self.port}/{database}"
+    def url(self, database: str, schema: str = "public") -> str:
+        path = f"options=-csearch_path%3D{schema}"
+        return f"postgresql://{self.user}@127.0.0.1:{self.port}/{database}?{path}"
 
-    def execute(self, statement: str) -> None:
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]
+    def execute(self, statement: str, database: str = "postgres") -> None:
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            connection.execute(statement.encode())
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +55,13 @@ def postgresql_server() -> Iterator[Server]:
     directory = Path(tempfile.mkdtemp(prefix="mcloud-postgresql-"))
     shutil.chown(directory, user)
     data = directory / "data"
-    as_user = {"user": user} if os.geteuid() == 0 else {}
+    other = user if os.geteuid() == 0 else None
     subprocess.run(
         [BINARIES / "initdb", "-D", data, "-U", user, "--auth=trust", "--no-sync"],
         check=True,
         cwd=directory,
         stdout=subprocess.DEVNULL,
-        **as_user,
+        user=other,
     )
     port = _free_port()
     options = {
@@ -72,15 +77,18 @@ def postgresql_server() -> Iterator[Server]:
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
-            [BINARIES / "postgres", "-D", data, *arguments],
+            # Ends, fast, with the process that tests, however that ends.
+            ["setpriv", "--pdeathsig", "INT", BINARIES / "postgres", "-D", data, *arguments],
             cwd=directory,
             stdout=log,
             stderr=log,
-            **as_user,
+            user=other,
         )
     server = Server(user, port)
     try:
         _await_start(server, process, directory / "log")
+        for name in DATABASES:
+            server.execute(f"CREATE DATABASE {name}")
         yield server
     finally:
         process.send_signal(signal.SIGINT)  # fast: clients are disconnected
@@ -90,14 +98,19 @@ def postgresql_server() -> Iterator[Server]:
 
 @pytest.fixture
 def postgresql_url(postgresql_server: Server) -> Iterator[str]:
-    """A value for Settings.database: "{name}" stands for the service; fresh for each test."""
-    prefix = f"t{next(_numbers)}"
-    names = [f"{prefix}_{name}" for name in DATABASES]
-    for name in names:
-        postgresql_server.execute(f'CREATE DATABASE "{name}"')
-    yield postgresql_server.url(f"{prefix}_{{name}}")
-    for name in names:
-        postgresql_server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    """A value for Settings.database: "{name}" stands for the service.
+
+    The databases are the session's, which saves seconds; a schema in each is the test's own.
+    """
+    schema = f"t{next(_numbers)}"
+    for name in DATABASES:
+        postgresql_server.execute(f"CREATE SCHEMA {schema}", name)
+    yield postgresql_server.url("{name}", schema)
+    for name in DATABASES:
+        postgresql_server.execute(
+            _END_OTHERS, name
+        )  # of processes that were killed: they hold locks
+        postgresql_server.execute(f"DROP SCHEMA {schema} CASCADE", name)
 
 
 def _unprivileged_user() -> str:

@@ -16,7 +16,7 @@ from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2, placement_
 from mcloud.volume.v1 import session_service_pb2_grpc as volume_grpc
 from mcloud_agents import enrolment, handlers
 from mcloud_agents.compute import agent as compute
-from mcloud_agents.compute import host, services, threaded_driver
+from mcloud_agents.compute import host, services, threaded_driver, workflow
 from mcloud_agents.compute.libvirt_driver import LibvirtDriver
 from mcloud_agents.enrolment import Files
 from mcloud_agents.link import Links
@@ -32,8 +32,18 @@ from mcloud_base import errors, tls
 log = structlog.get_logger()
 
 
-async def run(settings: Settings, files: Files, state: State, stop: asyncio.Event) -> None:
+async def run(
+    settings: Settings,
+    files: Files,
+    state: State,
+    stop: asyncio.Event,
+    *,
+    probe: workflow.Probe = workflow.no_probe,
+) -> None:
     """Run the agent until `stop` is set. Guests, their networks and volumes outlive it.
+
+    Args:
+        probe: called around each step of the work on a domain; for tests of failure.
 
     Raises:
         WrongState: NOT_ENROLLED, AGENT_RUNNING.
@@ -48,7 +58,7 @@ async def run(settings: Settings, files: Files, state: State, stop: asyncio.Even
     try:
         files.publish(identity)
         async with AsyncExitStack() as stack:
-            program = _Program(settings, files, state, identity, membership)
+            program = _Program(settings, files, state, identity, membership, probe)
             stack.push_async_callback(program.close)
             await program.start()
             await program.work(stop)
@@ -65,8 +75,10 @@ class _Program:
         state: State,
         identity: tls.Identity,
         membership: enrolment.Membership,
+        probe: workflow.Probe,
     ) -> None:
         self._settings = settings
+        self._probe = probe
         self._files = files
         self._state = state
         self._identity = identity
@@ -166,6 +178,7 @@ class _Program:
             attachments=services.GrpcAttachments(self._links.to("volume")),
             dataplane=network,
             report=lambda observed: self._changes.report(observed),
+            probe=self._probe,
         )
 
     def _make_volumes(self) -> volume.VolumeHost:

@@ -30,8 +30,10 @@ def report(error: Exception, session: Any) -> None:
 def stop(error: errors.Error, session: Any) -> NoReturn:
     """Say an error and exit."""
     message = error.message
-    if isinstance(error, errors.Unavailable | errors.DeadlineExceeded) and session is not None:
-        message = f"{session.endpoint}: {message}"
+    endpoint = session.known_endpoint if session is not None else ""
+    if isinstance(error, errors.Unavailable | errors.DeadlineExceeded) and endpoint:
+        # gRPC's own words; only their end tells something.
+        message = f"{endpoint}: {message.rpartition('last error: ')[2]}"
     click.echo(f"Error: {message} ({error.reason})", err=True)
     explain(error)
     if hint := _hint(error, session):

@@ -82,12 +82,14 @@ def follow(session: Any, operation: Any) -> Any:
         shown = _on_terminal if sys.stderr.isatty() else _line_by_line
         return shown(_changes(session, operation), operation)
     except KeyboardInterrupt:
-        click.echo(
-            f"\nInterrupted; operation {operation.id} goes on. "
-            f"See: mcloud operation wait {operation.id}",
-            err=True,
-        )
-        raise click.exceptions.Exit(130) from None
+        raise interrupted(operation.id) from None
+
+
+def interrupted(operation_id: str) -> click.exceptions.Exit:
+    """Say that only the command has ended, not the operation; return how to exit."""
+    text = f"operation {operation_id} goes on. See: mcloud operation wait {operation_id}"
+    click.echo(f"\nInterrupted; {text}", err=True)
+    return click.exceptions.Exit(130)
 
 
 def _changes(session: Any, operation: Any) -> Iterator[Any]:
@@ -131,7 +133,7 @@ def _line_by_line(changes: Iterator[Any], operation: Any) -> Any:
 def step_line(step: Any) -> str:
     """Return one step as a line: number, name, service, host, duration."""
     state = output.state(step)
-    mark = "" if state == "DONE" else f"  {state}"
+    mark = "" if state in ("DONE", "RUNNING") else f"  {state}"
     detail = f"  {step.detail}" if step.detail and state != "DONE" else ""
     where = f"{step.service}@{step.host}" if step.host else step.service
     return f"{step.number:>3}  {step.name:<42} {where:<24} {duration(step):>9}{mark}{detail}"
@@ -163,23 +165,23 @@ def _on_terminal(changes: Iterator[Any], operation: Any) -> Any:
     return holder[0]
 
 
-_STYLES = {"DONE": "green", "FAILED": "red", "RUNNING": "yellow", "SKIPPED": "dim", "UNDONE": "dim"}
+_STYLES = {
+    **dict.fromkeys(("DONE", "SUCCEEDED"), "green"),
+    **dict.fromkeys(("RUNNING", "UNDOING"), "yellow"),
+    **dict.fromkeys(("SKIPPED", "UNDONE"), "dim"),
+    "FAILED": "red",
+}
 
 
 def _picture(operation: Any) -> Any:
-    from rich.table import Table
+    """Return all steps and the operation's state, a line each, as rich draws them."""
+    from rich.console import Group
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for _ in range(6):
-        table.add_column(no_wrap=True)
-    for step in operation.steps:
-        state = output.state(step)
-        where = f"{step.service}@{step.host}" if step.host else step.service
-        detail = step.detail if state != "DONE" else ""
-        cells = (str(step.number), step.name, where, duration(step), state, detail)
-        table.add_row(*(Text(cell) for cell in cells), style=_STYLES.get(state, ""))
+    def line(text: str, style: str) -> Text:
+        return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+    lines = [line(step_line(step), _STYLES.get(output.state(step), "")) for step in operation.steps]
     state = output.state(operation)
     what = f"{operation.resource.type} {operation.resource.name or operation.resource.id}"
-    table.add_row("", Text(f"{what}: {state}"), "", "", "", "", style=_STYLES.get(state, "bold"))
-    return table
+    return Group(*lines, line(f"     {what}: {state}", _STYLES.get(state, "bold")))

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 @click.option(
     "--password-file", type=click.File(), help="Instead of the prompt and MCLOUD_PASSWORD."
 )
-@click.pass_obj
+@click.pass_context
 def login(
-    session: Session,
+    ctx: click.Context,
     cloud: str,
     endpoint: str,
     ca: str | None,
@@ -45,7 +45,7 @@ def login(
     from mcloud_base import errors
     from mcloud_cli.session import Options, Session
 
-    told = session.options
+    told = ctx.obj.options
     name = cloud or told.cloud or profile.find("")[0] or "default"
     known = profile.find("")[1] if profile.find("")[0] == name else _known(name)
     chosen = profile.Profile(
@@ -68,6 +68,7 @@ def login(
             project=chosen.project,
         )
     )
+    ctx.find_root().obj = new  # errors name the endpoint that was tried
     secret = password_file.read().strip() if password_file else _password(chosen)
     tokens = []
     refusals: list[errors.Error] = []

@@ -170,6 +170,13 @@ def wait(session: Session, operation_id: str, timeout: float, form: str) -> None
 
     Example: mcloud operation wait cop-06h0a1b2c3d4e5f6g7h8
     """
+    try:
+        _ended(_wait(session, operation_id, timeout), form)
+    except KeyboardInterrupt:
+        raise follow.interrupted(operation_id) from None
+
+
+def _wait(session: Session, operation_id: str, timeout: float) -> Any:
     from mcloud_base import errors
 
     service = follow.service_of(operation_id)
@@ -183,12 +190,11 @@ def wait(session: Session, operation_id: str, timeout: float, form: str) -> None
             timeout_s=left + 10,
         )
         if follow.is_ended(found):
-            break
+            return found
         if time.monotonic() >= end:
             raise errors.DeadlineExceeded(
                 "OPERATION_RUNNING", f"{operation_id} is still {output.state(found)}"
             )
-    _ended(found, form)
 
 
 @group.command()

@@ -79,19 +79,43 @@ def save(cloud: str, profile: Profile) -> None:
 
 
 def _read() -> dict[str, Any]:
+    """Return the configuration; as it was read last time, if the file has not changed.
+
+    Importing and running the YAML reader takes as long as a whole call to the cloud.
+    """
     path = directory() / "config.yaml"
-    if not path.exists():
+    try:
+        found = path.stat()
+    except FileNotFoundError:
         return {}
+    stamp = [found.st_mtime_ns, found.st_size, found.st_ino]
+    copy = _read_json(directory() / ".config.json")
+    if copy.get("stamp") == stamp and isinstance(copy.get("config"), dict):
+        return dict(copy["config"])
+    config = _parse(path)
+    write(directory() / ".config.json", json.dumps({"stamp": stamp, "config": config}).encode())
+    return config
+
+
+def _parse(path: Path) -> dict[str, Any]:
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        config = yaml.load(path.read_bytes(), loader)  # noqa: S506 (safe in both forms)
+        config = yaml.safe_load(path.read_bytes()) or {}
     except yaml.YAMLError as error:
         raise click.UsageError(f"{path}: {error}") from error
-    if not isinstance(config, dict | None):
-        raise click.UsageError(f"{path}: is not a mapping")
-    return config or {}
+    clouds = config.get("clouds") or {} if isinstance(config, dict) else None
+    if not isinstance(clouds, dict) or not all(isinstance(one, dict) for one in clouds.values()):
+        raise click.UsageError(f"{path}: must be like clouds: {{NAME: {{endpoint: HOST:PORT}}}}")
+    return {"current": str(config.get("current") or ""), "clouds": clouds}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -141,11 +165,7 @@ def _tokens_path() -> Path:
 
 
 def _tokens() -> dict[str, Any]:
-    try:
-        tokens = json.loads(_tokens_path().read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}  # nothing that a login does not bring back
-    return tokens if isinstance(tokens, dict) else {}
+    return _read_json(_tokens_path())  # what is damaged, a login brings back
 
 
 @contextmanager

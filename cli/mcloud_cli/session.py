@@ -68,12 +68,16 @@ class Session:
         Raises:
             errors.Unauthenticated: NOT_LOGGED_IN, none is known.
         """
-        endpoint = self.options.endpoint or self._profile[1].endpoint
-        if not endpoint:
+        if not self.known_endpoint:
             from mcloud_base import errors
 
             raise errors.Unauthenticated("NOT_LOGGED_IN", "no cloud is known")
-        return endpoint
+        return self.known_endpoint
+
+    @property
+    def known_endpoint(self) -> str:
+        """The endpoint, or nothing where none is known."""
+        return self.options.endpoint or self._profile[1].endpoint
 
     @property
     def _follows_profile(self) -> bool:

@@ -269,7 +269,8 @@ class Guest:
         )
         if not done:
             return {}
-        return dict(line.partition("=")[::2] for line in self.lease.read_text().splitlines())
+        pairs = (line.partition("=") for line in self.lease.read_text().splitlines())
+        return {key: value for key, _, value in pairs}
 
     def pings(self, address: str, *options: str, tries: int = 3) -> bool:
         return self.succeeds("ping", "-c", str(tries), "-i", "0.2", "-W", "2", *options, address)

@@ -152,7 +152,8 @@ async def run_workflows(opened: Database, arguments: dict[str, Any]) -> dict[str
     flow = Workflow(
         "race", (Step(1, "act", "test", act),), on_done=lambda job: None, on_failed=lambda job: None
     )
-    running = asyncio.create_task(Runner(opened, model.shared, {"race": flow}).run())
+    runner = Runner(opened, model.shared, {"race": flow}, concurrency=4)
+    running = asyncio.create_task(runner.run())
     table = model.shared.operation
 
     def finished() -> bool | None:

@@ -63,11 +63,13 @@ class ComputeAgent:
         attachments: Attachments,
         dataplane: Dataplane,
         report: Callable[[session_pb2.Observed], None],
+        probe: workflow.Probe = workflow.no_probe,
     ) -> None:
         """Make the agent; nothing happens before `start`.
 
         `report` is called in the event loop, must not block, and sets the sequence: the order of
-        the calls is the order of the reports.
+        the calls is the order of the reports. `probe` is called around each step of the work on a
+        domain; for tests of failure.
         """
         self._settings = settings
         self._driver = driver
@@ -91,6 +93,7 @@ class ComputeAgent:
             dataplane=dataplane,
             physical_bridges=settings.physical_bridges or {},
             dataplane_deadline_s=settings.dataplane_deadline_s,
+            probe=probe,
         )
         self._managed: dict[str, Managed] = {}
         self._slots = asyncio.Semaphore(settings.concurrency)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from mcloud.conductor.v1 import domain_pb2
 from mcloud.image.v1 import image_pb2
@@ -37,7 +38,20 @@ from mcloud_agents.compute.services import Attachments, Conductor, Dataplane, Im
 from mcloud_agents.compute.steps import StepLog
 from mcloud_base.errors import Conflict, DataLoss, WrongState
 
+# What a probe is called with; those of `ensure` by their numbers, then those of `remove`.
+STEPS = ("8", "10", "12", "14", "16", "remove domain", "remove files")
+
+# Called around each step with (step, "before" or "after"). It may raise what the step may raise,
+# with the same consequences; tests do, or end the process.
+Probe = Callable[[str, str], Awaitable[None]]
+
+T = TypeVar("T")
+
 _FORMATS = {image_pb2.DISK_FORMAT_QCOW2: "qcow2", image_pb2.DISK_FORMAT_RAW: "raw"}
+
+
+async def no_probe(step: str, moment: str) -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,37 +69,40 @@ class Workplace:
     dataplane: Dataplane
     physical_bridges: Mapping[str, str] = field(default_factory=dict)
     dataplane_deadline_s: float = 60.0
+    probe: Probe = no_probe
 
     def directory(self, domain_id: str) -> Path:
         """Where a domain's files are; removed with it."""
         return self.instances_dir / domain_id
 
+    async def probed(self, step: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Do the work of a step between calls of the probe."""
+        await self.probe(step, "before")
+        result = await work()
+        await self.probe(step, "after")
+        return result
+
 
 async def ensure(place: Workplace, record: Record, steps: StepLog) -> Domain:
     """Bring a domain to what its conductor says it is to be; keep `record` true throughout."""
-    spec, token = await _ask_for_spec(place, record, steps)  # 8, 9
-    root_disk = await _ensure_root_disk(place, record, spec, token, steps)  # 10, 11
-    nics = await _bind_ports(place, record, spec, token, steps)  # 12, 13
-    disks = await _connect_attachments(place, spec, token, steps)  # 14, 15
-    with steps.step(16):
-        directory = place.directory(spec.domain_id)
-        wanted = ResolvedDomain(
-            spec=spec,
-            root_disk=root_disk,
-            console_log=directory / "console.log",
-            config_drive=await _ensure_config_drive(place, record, spec),
-            nics=nics,
-            disks=disks,
-        )
-        domain = await place.driver.ensure(wanted)
+    step = place.probed
+    spec, token = await step("8", partial(_ask_for_spec, place, record, steps))
+    at = (place, record, spec, token, steps)
+    root_disk = await step("10", partial(_ensure_root_disk, *at))
+    nics = await step("12", partial(_bind_ports, *at))
+    disks = await step("14", partial(_connect_attachments, place, spec, token, steps))
+    start = partial(_start, place, record, spec, root_disk, nics, disks, steps)
+    domain = await step("16", start)
     record.reached = spec.generation
     return domain
 
 
 async def remove(place: Workplace, record: Record) -> None:
     """Have nothing left of a domain but the record that it is gone."""
-    await place.driver.ensure_absent(record.domain_id, record.epoch, record.generation)
-    await files.in_thread(_remove_tree, place.directory(record.domain_id))
+    order = (record.domain_id, record.epoch, record.generation)
+    await place.probed("remove domain", partial(place.driver.ensure_absent, *order))
+    directory = place.directory(record.domain_id)
+    await place.probed("remove files", partial(files.in_thread, _remove_tree, directory))
     record.reached = record.generation
     record.root_disk_made = False
     record.config_digest = ""
@@ -242,6 +259,28 @@ async def _connect_attachments(
             )
             disks.append(ResolvedDisk(disk.device, disk.volume_id, response.nbd))
     return tuple(disks)
+
+
+async def _start(
+    place: Workplace,
+    record: Record,
+    spec: domain_pb2.DomainSpec,
+    root_disk: RootDisk,
+    nics: tuple[ResolvedNic, ...],
+    disks: tuple[ResolvedDisk, ...],
+    steps: StepLog,
+) -> Domain:
+    """16. Define and start."""
+    with steps.step(16):
+        wanted = ResolvedDomain(
+            spec=spec,
+            root_disk=root_disk,
+            console_log=place.directory(spec.domain_id) / "console.log",
+            config_drive=await _ensure_config_drive(place, record, spec),
+            nics=nics,
+            disks=disks,
+        )
+        return await place.driver.ensure(wanted)
 
 
 async def _ensure_config_drive(

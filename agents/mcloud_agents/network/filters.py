@@ -274,8 +274,8 @@ def _add_judgement(table: x.Table, numbers: Numbers, devices: _Devices) -> None:
     table.rule("judge", x.ACCEPT)
 
 
-def _state(*states: str) -> x.Statement:
-    return x.match(x.conntrack("state"), list(states) if len(states) > 1 else states[0], "in")
+def _state(state: str, *others: str) -> x.Statement:
+    return x.match(x.conntrack("state"), [state, *others] if others else state, "in")
 
 
 def _add_service_chains(table: x.Table) -> None:

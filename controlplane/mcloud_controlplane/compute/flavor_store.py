@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from mcloud.compute.v1 import flavor_pb2, flavor_service_pb2
 from mcloud_base import errors, ids
-from mcloud_controlplane.compute.model import Flavor, shared
+from mcloud_controlplane.compute.model import Flavor, locked, shared
 from mcloud_controlplane.core import auth, convert, database, listing, tables
 from mcloud_controlplane.core.mutation import Mutation
 
@@ -20,13 +20,17 @@ def message(row: Flavor) -> flavor_pb2.Flavor:
     )
 
 
-def get(id_: str) -> Flavor:
+def get(id_: str, *, lock: bool = False) -> Flavor:
     """Return a living flavor.
+
+    Args:
+        lock: it is to be changed.
 
     Raises:
         errors.NotFound: FLAVOR_NOT_FOUND.
     """
-    row = Flavor.get_or_none((Flavor.id == id_) & Flavor.delete_time.is_null())
+    query = Flavor.select().where((Flavor.id == id_) & Flavor.delete_time.is_null())
+    row: Flavor | None = (locked(query) if lock else query).first()
     if row is None:
         raise errors.NotFound("FLAVOR_NOT_FOUND", f"there is no flavor {id_}", id=id_)
     return row
@@ -54,7 +58,7 @@ def create(work: Mutation, request: flavor_service_pb2.CreateFlavorRequest) -> f
 
 def delete(work: Mutation, request: flavor_service_pb2.DeleteFlavorRequest) -> flavor_pb2.Flavor:
     """Delete a flavor; instances keep their copy."""
-    row = get(request.id)
+    row = get(request.id, lock=True)
     convert.require_version(row, request.resource_version)
     moment = database.now()
     row.delete_time = row.update_time = moment

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from mcloud.compute.v1 import host_pb2, host_service_pb2
 from mcloud_base import errors
-from mcloud_controlplane.compute.model import Claim, Domain, Host, shared
+from mcloud_controlplane.compute.model import Claim, Domain, Host, locked, shared
 from mcloud_controlplane.core import auth, convert, database, listing, tables
 from mcloud_controlplane.core.mutation import Mutation
 
@@ -75,13 +75,17 @@ def _message(row: Host, claimed: Sequence[Any]) -> host_pb2.Host:
     )
 
 
-def get(id_: str) -> Host:
+def get(id_: str, *, lock: bool = False) -> Host:
     """Return a host.
+
+    Args:
+        lock: it is to be changed.
 
     Raises:
         errors.NotFound: HOST_NOT_FOUND.
     """
-    row = Host.get_or_none((Host.id == id_) & Host.delete_time.is_null())
+    query = Host.select().where((Host.id == id_) & Host.delete_time.is_null())
+    row: Host | None = (locked(query) if lock else query).first()
     if row is None:
         raise errors.NotFound("HOST_NOT_FOUND", f"there is no host {id_}", id=id_)
     return row
@@ -130,7 +134,7 @@ def load(found: list[str]) -> Mapping[str, Message]:
 
 def update(work: Mutation, request: host_service_pb2.UpdateHostRequest) -> host_pb2.Host:
     """Change what the operator decides."""
-    row = get(request.id)
+    row = get(request.id, lock=True)
     spec = convert.apply_mask(row, request, host_pb2.HostSpec, _MASK)
     row.disabled = spec.disabled
     row.availability_zone = spec.availability_zone
@@ -147,7 +151,7 @@ def update(work: Mutation, request: host_service_pb2.UpdateHostRequest) -> host_
 
 def delete(work: Mutation, request: host_service_pb2.DeleteHostRequest) -> host_pb2.Host:
     """Forget a host that carries nothing."""
-    row = get(request.id)
+    row = get(request.id, lock=True)
     convert.require_version(row, request.resource_version)
     carried = Domain.select().where((Domain.host_id == row.id) & Domain.absent_time.is_null())
     if carried.exists():

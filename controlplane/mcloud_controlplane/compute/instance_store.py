@@ -18,7 +18,7 @@ from mcloud.compute.v1 import (
 from mcloud.scheduler.v1 import placement_pb2
 from mcloud_base import errors, ids
 from mcloud_controlplane.compute import flavor_store, key_pair_store, quota_store
-from mcloud_controlplane.compute.model import Domain, Host, Instance, Placement, shared
+from mcloud_controlplane.compute.model import Domain, Host, Instance, Placement, locked, shared
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
 from mcloud_controlplane.core.mutation import Mutation
 
@@ -98,13 +98,18 @@ def _message(row: Instance, host_name: str, silent: bool) -> instance_pb2.Instan
     return instance_pb2.Instance(metadata=convert.metadata(row), spec=spec, status=status)
 
 
-def get(caller: auth.Caller, id_: str, *, deleted: bool = False) -> Instance:
+def get(caller: auth.Caller, id_: str, *, deleted: bool = False, lock: bool = False) -> Instance:
     """Return an instance that the caller sees.
+
+    Args:
+        deleted: one that is being deleted will do.
+        lock: it is to be changed.
 
     Raises:
         errors.NotFound: INSTANCE_NOT_FOUND.
     """
-    row = Instance.get_or_none(Instance.id == id_)
+    query = Instance.select().where(Instance.id == id_)
+    row: Instance | None = (locked(query) if lock else query).first()
     if row is None or not caller.sees(row.project_id) or (row.delete_time and not deleted):
         raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
     return row
@@ -313,7 +318,7 @@ def update(
     work: Mutation, request: instance_service_pb2.UpdateInstanceRequest
 ) -> instance_pb2.Instance:
     """Change the name or the labels."""
-    row = get(work.caller, request.id)
+    row = get(work.caller, request.id, lock=True)
     if "name" in request.update_mask.paths and request.name != row.name:
         _require_free_name(row.project_id, request.name)
     convert.apply_mask(row, request, instance_pb2.InstanceSpec, ("name", "labels"))
@@ -327,7 +332,7 @@ def delete(
     work: Mutation, request: instance_service_pb2.DeleteInstanceRequest
 ) -> instance_pb2.Instance | None:
     """Free name and quota at once, stop whatever works on the instance, and leave the rest."""
-    row = get(work.caller, request.id)
+    row = get(work.caller, request.id, lock=True)
     convert.require_version(row, request.resource_version)
     work.concerns("instance", row.id, row.name, row.project_id)
     preempted = row.operation_id
@@ -421,7 +426,7 @@ def _take(work: Mutation, id_: str, states: Iterable[str], verb: str) -> Instanc
         errors.Conflict: OPERATION_IN_PROGRESS.
         errors.WrongState: BAD_STATE.
     """
-    row = get(work.caller, id_)
+    row = get(work.caller, id_, lock=True)
     work.concerns("instance", row.id, row.name, row.project_id)
     if row.operation_id:
         raise errors.Conflict(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
 
@@ -12,7 +11,7 @@ from google.protobuf.message import Message
 from mcloud.compute.v1 import key_pair_pb2, key_pair_service_pb2
 from mcloud_base import errors, ids
 from mcloud_controlplane.compute import quota_store
-from mcloud_controlplane.compute.model import KeyPair, shared
+from mcloud_controlplane.compute.model import KeyPair, locked, shared
 from mcloud_controlplane.core import auth, convert, database, listing, tables
 from mcloud_controlplane.core.mutation import Mutation
 
@@ -41,13 +40,17 @@ def public_key(row: KeyPair) -> str:
     return key_pair_pb2.KeyPairSpec.FromString(bytes(row.spec)).public_key
 
 
-def get(caller: auth.Caller, id_: str) -> KeyPair:
+def get(caller: auth.Caller, id_: str, *, lock: bool = False) -> KeyPair:
     """Return a key pair that the caller sees.
+
+    Args:
+        lock: it is to be changed.
 
     Raises:
         errors.NotFound: KEY_PAIR_NOT_FOUND.
     """
-    row = KeyPair.get_or_none(KeyPair.id == id_)
+    query = KeyPair.select().where(KeyPair.id == id_)
+    row: KeyPair | None = (locked(query) if lock else query).first()
     if row is None or not caller.sees(row.project_id):
         raise errors.NotFound("KEY_PAIR_NOT_FOUND", f"there is no key pair {id_}", id=id_)
     return row
@@ -88,7 +91,7 @@ def delete(
     work: Mutation, request: key_pair_service_pb2.DeleteKeyPairRequest
 ) -> key_pair_pb2.KeyPair:
     """Delete a key pair; instances keep their copy."""
-    row = get(work.caller, request.id)
+    row = get(work.caller, request.id, lock=True)
     convert.require_version(row, request.resource_version)
     row.delete_instance()
     work.concerns("key_pair", row.id, row.name, row.project_id)
@@ -127,9 +130,10 @@ def parse(text: str) -> tuple[str, str]:
         blob = base64.b64decode(parts[1], validate=True)
         length = int.from_bytes(blob[:4])
         inner = blob[4 : 4 + length].decode("ascii")
-    except (IndexError, binascii.Error, UnicodeDecodeError) as error:
+    except (IndexError, ValueError) as error:  # also what base64 and ASCII refuse
         raise _bad_key() from error
-    if parts[0] not in _TYPES or inner != parts[0] or "\n" in text.strip() or len(blob) < 40:
+    one_line = text.strip().isprintable()  # it becomes a line of the guest's authorized_keys
+    if parts[0] not in _TYPES or inner != parts[0] or not one_line or len(blob) < 40:
         raise _bad_key()
     digest = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
     return parts[0], f"SHA256:{digest}"

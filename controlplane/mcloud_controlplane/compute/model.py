@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import peewee
 
 from mcloud_controlplane.core import schema, tables
@@ -9,6 +11,8 @@ from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.tables import JsonField, Resource
 
 SCHEMA_VERSION = 1
+
+QueryT = TypeVar("QueryT")
 
 database = peewee.DatabaseProxy()
 shared = tables.bind(database)
@@ -179,6 +183,15 @@ class Placement(peewee.Model):
 
 
 MODELS = (Flavor, KeyPair, Quota, Instance, Domain, Host, Claim, Placement)
+
+
+def locked(query: QueryT) -> QueryT:
+    """Return a select that locks its rows; SQLite's transaction has locked them already.
+
+    Whatever is read in order to be changed is read like this: otherwise a unit that runs at the
+    same time could see the same row, and one would overwrite what the other did.
+    """
+    return query.for_update() if database.for_update else query  # type: ignore[attr-defined]
 
 
 def open_database(url: str) -> Database:

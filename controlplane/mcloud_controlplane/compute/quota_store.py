@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2
 
 from mcloud.compute.v1 import quota_pb2, quota_service_pb2
 from mcloud_base import errors
-from mcloud_controlplane.compute.model import Instance, KeyPair, Quota, database
+from mcloud_controlplane.compute.model import Instance, KeyPair, Quota, locked
 from mcloud_controlplane.core.mutation import Mutation
 
 _FIELDS = ("instance_count", "vcpu_count", "memory_mib", "key_pair_count")
@@ -91,11 +91,7 @@ def update(work: Mutation, request: quota_service_pb2.UpdateQuotaRequest) -> quo
 
 def _locked(project_id: str) -> Quota:
     Quota.insert(project_id=project_id).on_conflict_ignore().execute()
-    query = Quota.select().where(Quota.project_id == project_id)
-    # SQLite's transaction has locked the whole database already.
-    if isinstance(database.obj, peewee.PostgresqlDatabase):
-        query = query.for_update()
-    return query.get()
+    return locked(Quota.select().where(Quota.project_id == project_id)).get()
 
 
 def _message(row: Quota) -> quota_pb2.Quota:

@@ -1,4 +1,4 @@
-"""Goes on where an operation had to end without having come to its end, most often for a silent host.
+"""Goes on where an operation had to end before its work: most often because a host was silent.
 
 It looks only at rows that no operation works on: instances that are deleted and still have a
 domain, domains that their hosts have reported absent and that still hold room, and instances that

@@ -11,7 +11,7 @@ from mcloud.common.v1 import session_pb2
 from mcloud.compute.v1 import instance_pb2
 from mcloud.conductor.v1 import domain_pb2, domain_service_pb2
 from mcloud_base import errors, ids
-from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, shared
+from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, locked, shared
 from mcloud_controlplane.core import auth, contract, convert, database, listing, sessions, tables
 from mcloud_controlplane.core import workflow as workflows
 
@@ -75,7 +75,8 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
     newer = (Domain.incarnation < incarnation) | (
         (Domain.incarnation == incarnation) & (Domain.sequence < report.sequence)
     )
-    row = Domain.get_or_none((Domain.id == report.id) & (Domain.host_id == host_id) & newer)
+    mine = (Domain.id == report.id) & (Domain.host_id == host_id) & newer
+    row = locked(Domain.select().where(mine)).first()
     if row is None:
         return
     status = domain_pb2.DomainStatus()
@@ -97,12 +98,14 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
 
 def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
     """Let the instance follow its domain, where no operation works on it."""
-    instance = Instance.get_or_none(
-        (Instance.id == row.instance_id)
-        & (Instance.domain_id == row.id)
-        & (Instance.operation_id == "")
-        & Instance.delete_time.is_null()
-    )
+    instance = locked(
+        Instance.select().where(
+            (Instance.id == row.instance_id)
+            & (Instance.domain_id == row.id)
+            & (Instance.operation_id == "")
+            & Instance.delete_time.is_null()
+        )
+    ).first()
     state = _INSTANCE_STATES.get(row.state)
     if instance is None or row.absent or state is None:
         return
@@ -129,7 +132,7 @@ def end_operation(job: workflows.Job, **values: Any) -> None:
 
     An operation that was pre-empted by a delete changes nothing of what that has begun.
     """
-    instance = get_instance(job.resource_id)
+    instance = locked(Instance.select().where(Instance.id == job.resource_id)).get()
     if instance.operation_id == job.operation_id:
         values["operation_id"] = ""
     elif instance.delete_time is not None:
@@ -159,7 +162,7 @@ def desire(domain_id: str, operation_id: str, **instance_values: Any) -> int:
 
     Keyed by the operation: a repeat within the same operation changes nothing.
     """
-    row = Domain.get_by_id(domain_id)
+    row = locked(Domain.select().where(Domain.id == domain_id)).get()
     if row.operation_id == operation_id or row.absent:
         return int(row.generation)
     row.generation += 1
@@ -174,7 +177,7 @@ def desire(domain_id: str, operation_id: str, **instance_values: Any) -> int:
 
 def desire_absent(domain_id: str, operation_id: str) -> Domain | None:
     """Put a tombstone on a domain; None if there is none, and then there never will be."""
-    row = Domain.get_or_none(Domain.id == domain_id)
+    row: Domain | None = locked(Domain.select().where(Domain.id == domain_id)).first()
     if row is None:
         return None
     if not row.absent:

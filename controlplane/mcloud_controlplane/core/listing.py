@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import json
 import re
@@ -86,7 +85,7 @@ def page(
         )
     scope = hashlib.sha256(f"{order}|{request.filter}|{everything}".encode()).hexdigest()[:16]
     if request.page_token:
-        last_key, last_id = _read_token(request.page_token, scope)
+        last_key, last_id = _read_token(request.page_token, scope, key)
         after = (
             (key < last_key) | ((key == last_key) & (columns.id < last_id))
             if descending
@@ -130,8 +129,10 @@ def _condition(
     if name.startswith("labels.") and hasattr(columns, "labels"):
         # The stored JSON has sorted keys and json.dumps' separators, so a pair is a substring.
         pair = json.dumps({name.removeprefix("labels."): value})[1:-1]
-        found = columns.labels.cast("text").contains(pair)
-        return found if operator == "=" else ~found
+        # (LIKE would ignore case.)
+        without = peewee.fn.REPLACE(columns.labels.cast("text"), pair, "")
+        same = without == columns.labels.cast("text")
+        return ~same if operator == "=" else same
     column = fields.get(name)
     if column is None:
         raise _bad_filter(fields)
@@ -163,12 +164,17 @@ def _write_token(position: list[Any], scope: str) -> str:
     return base64.urlsafe_b64encode(json.dumps([scope, *position]).encode()).decode()
 
 
-def _read_token(token: str, scope: str) -> tuple[Any, str]:
+def _read_token(token: str, scope: str, column: Any) -> tuple[Any, str]:
+    """Return the position; a forged one is at worst another position in the caller's own rows."""
     try:
         found, key, id_ = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (ValueError, binascii.Error, UnicodeError) as error:
+    except (ValueError, TypeError) as error:
         raise _bad_token() from error
-    if found != scope or not isinstance(id_, str) or not isinstance(key, str | int):
+    if isinstance(column, peewee.IntegerField):
+        fits = type(key) is int and abs(key) < 1 << 63
+    else:
+        fits = isinstance(key, str) and key.isprintable()
+    if found != scope or not fits or not isinstance(id_, str) or not id_.isprintable():
         raise _bad_token()
     return key, id_
 
@@ -218,39 +224,44 @@ async def watch(
             "ROLE_REQUIRED", "all_projects needs a role on the system; log in with --system"
         )
 
-    def batch(after: int | None) -> tuple[int, list[Event]]:
+    def batch(after: int | None) -> tuple[int, bool, list[Event]]:
         table = shared.change
         head = shared.revision()
         if after is None:
-            return head, []
+            return head, False, []
         oldest = table.select(peewee.fn.MIN(table.revision)).scalar()
-        if after > head or (oldest is not None and after + 1 < oldest and after < head):
+        if after > head or (after < head and (oldest is None or after + 1 < oldest)):
             raise errors.OutOfRange(
                 "REVISION_COMPACTED",
                 f"changes after revision {after} are no longer known; list again",
             )
+        # Not beyond the head: what is committed while this runs would be sent again next time.
         query = table.select().where((table.type == type_) & (table.revision > after))
+        query = query.where(table.revision <= head)
         if request.id:
             query = query.where(table.resource_id == request.id)
         if not every:
             projects = [caller.project_id, ""] if with_shared else [caller.project_id]
             query = query.where(table.project_id.in_(projects))
-        rows = list(query.order_by(table.revision, table.number).limit(_BATCH))
+        query = query.order_by(table.revision, table.number)
+        rows = list(query.limit(_BATCH))
+        more = len(rows) == _BATCH
+        if more:
+            # A watch resumes between revisions, so none is cut in two.
+            head = rows[-1].revision
+            rows += query.where((table.revision == head) & (table.number > rows[-1].number))
         messages = load(list({row.resource_id for row in rows}))
-        events = [_event(row, kind, messages.get(row.resource_id)) for row in rows]
-        if len(rows) < _BATCH:
-            return head, events
-        # The last revision may be cut in two: send it again rather than lose a part of it.
-        last = rows[-1].revision
-        return last - 1, [event for event in events if int(event.revision) < last]
+        return head, more, [_event(row, kind, messages.get(row.resource_id)) for row in rows]
 
     position = _revision(request.from_revision)
     with store.listening() as event:
         while True:
             event.clear()
-            position, found = await store.read(batch, position)
+            position, more, found = await store.read(batch, position)
             for change in found:
                 yield change
+            if more:
+                continue
             try:
                 async with asyncio.timeout(_BOOKMARK_S):
                     await event.wait()

@@ -67,6 +67,8 @@ def get(caller: auth.Caller, id_: str) -> Image:
     row = Image.get_or_none(Image.id == id_)
     if row is None or (row.delete_time is not None and caller.delegation is None):
         raise not_found(id_)
+    if row.state == "DELETED":  # its bytes are being removed
+        raise not_found(id_)
     if (
         caller.kind == _Rule.CALLER_USER
         and not caller.sees(row.project_id)

@@ -30,7 +30,8 @@ class Quota(peewee.Model):
 class Image(Resource):
     """A disk to start from. A deleted one keeps its row for as long as its bytes are kept."""
 
-    state = peewee.TextField()  # names of mcloud.image.v1.ImageStatus.State
+    # Names of mcloud.image.v1.ImageStatus.State; DELETED while its bytes are being removed.
+    state = peewee.TextField()
     visibility = peewee.TextField()  # PRIVATE or PUBLIC
     disk_format = peewee.TextField()  # QCOW2 or RAW
     is_protected = peewee.BooleanField(default=False)

@@ -36,8 +36,10 @@ async def sweep_forever(database: Database, contents: Contents) -> None:
 async def sweep(
     database: Database, contents: Contents, *, abandoned_s: float = _ABANDONED_S
 ) -> None:
-    """Remove what may go. The bytes first: the row is what is known of them."""
+    """Remove what may go. The bytes before the row, which is what is known of them."""
     for id_ in await database.read(use_store.unused):
+        if not await database.write(use_store.condemn, id_):
+            continue
         await contents.remove(id_)
         await database.write(use_store.forget, id_)
         log.info("image's bytes removed", image=id_)

@@ -78,6 +78,12 @@ def unused(limit: int = 100) -> list[str]:
     return [row.id for row in query]
 
 
+def condemn(id_: str) -> bool:
+    """Take an image out of everybody's sight before its bytes go; return whether it may go."""
+    removable = (Image.id == id_) & _removable()
+    return bool(Image.update(state="DELETED").where(removable).execute())
+
+
 def forget(id_: str) -> None:
     """Remove the row of an image whose bytes are gone."""
     Image.delete().where((Image.id == id_) & _removable()).execute()

@@ -77,7 +77,7 @@ def assign(port: Port, wanted: Sequence[port_pb2.FixedIpRequest]) -> list[Addres
                 id=request.subnet_id,
             )
         if request.ip_address:
-            taken.append(_take_wanted(some, request.ip_address, port.id, number, field))
+            taken.append(_take_wanted(some, request.ip_address, port, number, field))
         elif some:
             taken.append(take_any(some, port.id, number))
         else:
@@ -119,7 +119,7 @@ def give_back(port_id: str) -> None:
 
 
 def _take_wanted(
-    subnets: Sequence[Subnet], text: str, port_id: str, number: int, field: str
+    subnets: Sequence[Subnet], text: str, port: Port, number: int, field: str
 ) -> Address:
     address = ipaddress.ip_address(text)
     for subnet in subnets:
@@ -129,9 +129,11 @@ def _take_wanted(
         first, last = usable(network)
         if not first <= position(network, address) <= last:
             raise errors.bad_field(f"{field}.ip_address", f"{text} is not a host's in {network}")
-        if str(address) == subnet.service_ip:
+        # On a network that is shared with it, a project could else pose as the gateway.
+        foreign = subnet.project_id != port.project_id
+        if str(address) == subnet.service_ip or (foreign and str(address) == subnet.gateway_ip):
             raise _in_use(text)
-        return take(subnet, str(address), port_id, number)
+        return take(subnet, str(address), port.id, number)
     raise errors.bad_field(f"{field}.ip_address", f"{text} is in none of the network's subnets")
 
 

@@ -128,20 +128,20 @@ def _route(external_network_id: str, port: Port) -> tuple[Router, str]:
     """
     own = Address.select().where((Address.port_id == port.id) & (Address.ip_version == 4))
     for address in list(own.order_by(Address.number)):
-        leg = Port.alias()
-        at = Address.alias()
-        joined = (
-            leg.select(leg.owner_id)
-            .join(at, on=(at.port_id == leg.id))
-            .where((leg.owner_type == "router") & (at.subnet_id == address.subnet_id))
+        legs = (
+            Port.select(Port.owner_id)
+            .join(Address, on=(Address.port_id == Port.id))
+            .where((Port.owner_type == "router") & (Address.subnet_id == address.subnet_id))
         )
-        router = locked(
-            Router.select().where(
-                Router.id.in_(joined) & (Router.external_network_id == external_network_id)
-            )
-        ).first()
-        if router is not None:
-            return router, address.ip_address
+        for router_id in [leg.owner_id for leg in legs.order_by(Port.id)]:
+            router = locked(
+                Router.select().where(
+                    (Router.id == router_id) & (Router.external_network_id == external_network_id)
+                )
+            ).get_or_none()
+            # Looked up again under the lock: the leg may have gone while it was waited for.
+            if router is not None and legs.where(Port.owner_id == router.id).exists():
+                return router, address.ip_address
     raise errors.WrongState(
         "NO_ROUTE_TO_PORT",
         f"no router joins a subnet of port {port.id} with network {external_network_id}; "

@@ -123,6 +123,10 @@ def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> Por
     """
     project_id = columns["project_id"]
     network = network_store.get_usable(project_id, spec.network_id)
+    if spec.port_security_disabled and network.project_id != project_id:
+        raise errors.PermissionDenied(
+            "NOT_OWNER", "a port without port security needs a network of its project's own"
+        )
     own = (Port.project_id == project_id) & ~Port.owner_type.in_(_SERVICES)
     quota_store.ensure_room(project_id, "port", Port.select().where(own))
     groups = (

@@ -221,6 +221,8 @@ def place(row: Router, host_id: str, also: Iterable[str] = ()) -> None:
         Port.update(host_id=row.host_id, state="BUILD").where(
             Port.id.in_([port.id for port in fresh])
         ).execute()
+        for port in fresh:
+            tables.changed("port", port.id, port.project_id)
         dataplane_store.bump({row.host_id, *dataplane_store.hosts_of_networks(networks), *also})
         Port.update(bound_generation=dataplane_store.generation(row.host_id)).where(
             Port.id.in_([port.id for port in fresh])

@@ -170,7 +170,8 @@ def masked(text: str) -> str:
     text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?Z?", "TIME", text)
     text = re.sub(r"\bfa:16:3e(:[0-9a-f]{2}){3}\b", "MAC", text)
     text = re.sub(r"-?\b\d+(\.\d+)? (ms|s)\b", "SPAN", text)
-    text = re.sub(r"-?\b\d+[smhd]\b", "AGE", text)
+    text = re.sub(r"-?\b\d+[smhd]\b", "SPAN", text)
+    text = re.sub(r"\bvni +\d+", "vni NUMBER", text)
     text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "MACHINE", text)
     return re.sub(r" {2,}", "  ", text)
 

@@ -77,6 +77,18 @@ async def test_shared_and_external_networks_are_the_administrators(cloud: Cloud)
 
     port = await ann.create("Port", network_id=everybodys.metadata.id)
     assert port.status.fixed_ips[0].ip_address == "10.9.0.3"
+    error = await refused(
+        ann.create(
+            "Port",
+            network_id=everybodys.metadata.id,
+            fixed_ips=[FixedIp(ip_address="10.9.0.1")],
+        )
+    )
+    assert error.reason == "ADDRESS_IN_USE"
+    error = await refused(
+        ann.create("Port", network_id=everybodys.metadata.id, port_security_disabled=True)
+    )
+    assert error.reason == "NOT_OWNER"
     error = await refused(ann.create("Port", network_id=outside.metadata.id))
     assert error.reason == "NETWORK_NOT_SHARED"
     for attempt in (

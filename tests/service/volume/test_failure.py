@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mcloud_base import errors
 from mcloud_controlplane.volume import model, volume_workflow
 from service.identity.cloud import eventually
-from service.image.cloud import Project, both_databases
+from service.image.cloud import Project
 from service.volume.cloud import Operation, State, VolumeCloud, assert_clean, write
 from service.volume.storage_host import StorageHost
 
@@ -85,7 +86,7 @@ async def test_a_failure_at_any_step_of_the_deletion_still_lets_it_go(
     assert storage.volumes == {}
 
 
-@both_databases
+@pytest.mark.parametrize("taken_over", [True, False])
 @pytest.mark.parametrize(
     ("workflow", "index"),
     [("create_volume", 0), ("create_volume", 1), ("create_volume", 2)]
@@ -98,16 +99,19 @@ async def test_every_step_may_be_done_twice(
     probe: Saboteur,
     workflow: str,
     index: int,
+    taken_over: bool,
 ) -> None:
-    """The runner ends after a step, before it is saved; another takes the operation over."""
+    """A step fails after its work, or its runner ends there and another takes over."""
     probe.at = (workflow, index, "do", "after")
 
-    async def end_runner() -> None:
+    async def sabotage() -> None:
         probe.act = None
+        if not taken_over:
+            raise errors.Unavailable("INJECTED", "injected")
         await let_operations_be_taken(cloud)
-        raise RuntimeError("injected")
+        raise asyncio.CancelledError
 
-    probe.act = end_runner
+    probe.act = sabotage
     volume = await cloud.create_volume(project)
     ended = await cloud.delete_volume(project, volume.metadata.id)
 
@@ -142,7 +146,9 @@ async def test_every_undo_may_be_done_twice(
 
 async def let_operations_be_taken(cloud: VolumeCloud) -> None:
     """As if the leases of the runners had run out."""
-    await write(cloud, lambda: model.shared.operation.update(lease_expire_time=0).execute())
+    await write(
+        cloud, lambda: model.shared.operation.update(lease_owner="", lease_expire_time=0).execute()
+    )
 
 
 async def test_the_moments_above_are_all_there_are(cloud: VolumeCloud) -> None:

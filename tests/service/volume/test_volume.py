@@ -266,6 +266,7 @@ async def hasten(cloud: VolumeCloud, operation: Operation) -> None:
         lambda: (
             table.update(
                 deadline=database.now() + 2_000_000,
+                lease_owner="",
                 lease_expire_time=0,
                 lease_number=table.lease_number + 1,
             )

@@ -88,7 +88,8 @@ def test_undoing_is_shown_beside_what_was_done(capsys: pytest.CaptureFixture[str
 
     lines = capsys.readouterr().err.splitlines()
     assert lines[4].endswith("FAILED  no host")
-    assert lines[5].startswith("  4  record, reserve") and lines[5].endswith("UNDONE")
+    assert lines[5].startswith("  4  record, reserve")
+    assert lines[5].endswith("UNDONE")
 
 
 class _Session:

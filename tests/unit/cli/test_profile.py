@@ -54,6 +54,35 @@ def test_broken_config_names_its_file(home: Path) -> None:
         profile.find("")
 
 
+@pytest.mark.parametrize("text", ["just words", "clouds: [a]", "clouds: {a: b}", "- list"])
+def test_config_of_another_form_names_its_file(home: Path, text: str) -> None:
+    home.mkdir()
+    (home / "config.yaml").write_text(text)
+
+    with pytest.raises(click.UsageError, match="must be like"):
+        profile.find("")
+
+
+def test_config_edited_by_hand_is_read_anew(home: Path) -> None:
+    profile.save("lab", profile.Profile("lab:7700"))
+    assert profile.find("")[1].endpoint == "lab:7700"
+    assert profile.find("")[1].endpoint == "lab:7700"  # from the copy
+
+    path = home / "config.yaml"
+    path.write_text(path.read_text().replace("lab:7700", "new:7700"))
+
+    assert profile.find("")[1].endpoint == "new:7700"
+    (home / ".config.json").write_text("damaged")
+    assert profile.find("")[1].endpoint == "new:7700"
+
+
+def test_empty_config_is_no_config(home: Path) -> None:
+    home.mkdir()
+    (home / "config.yaml").write_text("")
+
+    assert profile.find("") == ("", profile.Profile())
+
+
 def test_broken_token_file_counts_as_no_token(home: Path) -> None:
     home.mkdir()
     (home / "tokens.json").write_text("{")

@@ -209,7 +209,7 @@ def test_what_the_filter_lets_begin_is_what_goes_on(rule: pb.EffectiveRule, flow
 
 
 @given(st.lists(effective_rules(), max_size=6))
-def test_every_rule_set_gives_a_filter_that_drops_in_the_end(group: list[RULE]) -> None:
+def test_every_rule_set_gives_a_filter_that_drops_in_the_end(group: list[pb.EffectiveRule]) -> None:
     commands = build(pb.HostDataplane(networks=[NETWORK], ports=[port("a", *group)]))
     chains = {c["add"]["chain"]["name"] for c in commands if "chain" in c.get("add", {})}
     for name in ("in-tapaaaaaaaaaaa", "out-tapaaaaaaaaaaa", "from-tapaaaaaaaaaaa"):
