@@ -55,13 +55,17 @@ def postgresql_server() -> Iterator[Server]:
     directory = Path(tempfile.mkdtemp(prefix="mcloud-postgresql-"))
     shutil.chown(directory, user)
     data = directory / "data"
-    other = user if os.geteuid() == 0 else None
+    as_root = os.geteuid() == 0
+    account = pwd.getpwnam(user)
+    uid, gid, groups = (account.pw_uid, account.pw_gid, []) if as_root else (None, None, None)
     subprocess.run(
         [BINARIES / "initdb", "-D", data, "-U", user, "--auth=trust", "--no-sync"],
         check=True,
         cwd=directory,
         stdout=subprocess.DEVNULL,
-        user=other,
+        user=uid,
+        group=gid,
+        extra_groups=groups,
     )
     port = _free_port()
     options = {
@@ -82,7 +86,9 @@ def postgresql_server() -> Iterator[Server]:
             cwd=directory,
             stdout=log,
             stderr=log,
-            user=other,
+            user=uid,
+            group=gid,
+            extra_groups=groups,
         )
     server = Server(user, port)
     try:
@@ -107,9 +113,8 @@ def postgresql_url(postgresql_server: Server) -> Iterator[str]:
         postgresql_server.execute(f"CREATE SCHEMA {schema}", name)
     yield postgresql_server.url("{name}", schema)
     for name in DATABASES:
-        postgresql_server.execute(
-            _END_OTHERS, name
-        )  # of processes that were killed: they hold locks
+        # Those of processes that were killed hold locks.
+        postgresql_server.execute(_END_OTHERS, name)
         postgresql_server.execute(f"DROP SCHEMA {schema} CASCADE", name)
 
 

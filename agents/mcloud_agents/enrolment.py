@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from mcloud.identity.v1 import enrolment_pb2, enrolment_service_pb2, enrolment_service_pb2_grpc
+from mcloud_agents import dh_parameters
 from mcloud_agents.backoff import Backoff
 from mcloud_base import errors, rpc, tls
 
@@ -105,7 +106,10 @@ class Files:
 
         Source: https://www.qemu.org/docs/master/system/tls.html
         """
-        files = {"ca-cert.pem": identity.authority}
+        files = {
+            "ca-cert.pem": identity.authority,
+            dh_parameters.FILE: dh_parameters.FFDHE2048,
+        }
         for role in ("client", "server"):
             files[f"{role}-key.pem"] = identity.key
             files[f"{role}-cert.pem"] = identity.certificate

@@ -93,7 +93,8 @@ def _read() -> dict[str, Any]:
     if copy.get("stamp") == stamp and isinstance(copy.get("config"), dict):
         return dict(copy["config"])
     config = _parse(path)
-    write(directory() / ".config.json", json.dumps({"stamp": stamp, "config": config}).encode())
+    copy = {"stamp": stamp, "config": config}
+    write(directory() / ".config.json", json.dumps(copy, default=str).encode())
     return config
 
 
@@ -107,7 +108,7 @@ def _parse(path: Path) -> dict[str, Any]:
     clouds = config.get("clouds") or {} if isinstance(config, dict) else None
     if not isinstance(clouds, dict) or not all(isinstance(one, dict) for one in clouds.values()):
         raise click.UsageError(f"{path}: must be like clouds: {{NAME: {{endpoint: HOST:PORT}}}}")
-    return {"current": str(config.get("current") or ""), "clouds": clouds}
+    return {**config, "current": str(config.get("current") or ""), "clouds": clouds}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

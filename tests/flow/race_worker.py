@@ -167,10 +167,11 @@ async def run_workflows(opened: Database, arguments: dict[str, Any]) -> dict[str
 async def stall(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
     """Take an operation and stand still with it, as a stopped process does; then try to go on."""
     result: dict[str, Any] = {"done": False}
-    left = asyncio.Event()
+    held, left = asyncio.Event(), asyncio.Event()
 
     async def act(job: Job) -> None:
         result["number"] = job.lease_number
+        held.set()
         say("holding")
         sys.stdin.readline()  # the whole process waits: it cannot even see that it lost the lease
         try:
@@ -193,6 +194,7 @@ async def stall(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
 
     runner.__class__ = Watched
     running = asyncio.create_task(runner.run())
+    await held.wait()  # and so until it may go on
     async with asyncio.timeout(60):
         await left.wait()
     running.cancel()

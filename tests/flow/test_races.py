@@ -125,17 +125,18 @@ def make_instances(count: int) -> list[str]:
     return made
 
 
-def test_claims_fill_hosts_exactly(opened: Database, url: str) -> None:
-    def make_hosts() -> None:
-        moment = database.now()
-        for name in ("a", "b", "c"):
-            model.Host.create(
-                id=ids.new("h"), name=name, create_time=moment, update_time=moment,
-                report_time=moment, vcpu_count=20, memory_mib=1 << 20, disk_gib=1 << 10,
-                cpu_allocation_ratio=1.0, spec=b"",
-            )  # fmt: skip
+def make_hosts(names: str) -> None:
+    moment = database.now()
+    for name in names:
+        model.Host.create(
+            id=ids.new("h"), name=name, create_time=moment, update_time=moment,
+            report_time=moment + 300_000_000, vcpu_count=20, memory_mib=1 << 20, disk_gib=1 << 10,
+            cpu_allocation_ratio=1.0,
+        )  # fmt: skip
 
-    opened.write_now(make_hosts)
+
+def test_claims_fill_hosts_exactly(opened: Database, url: str) -> None:
+    opened.write_now(make_hosts, "abc")
     results = race(Racer("claim", url, count=200), Racer("claim", url, count=200))
     found = Counter(outcome for result in results for outcome in result["outcomes"])
     refused = found.pop("NO_VALID_HOST")
@@ -146,18 +147,27 @@ def test_claims_fill_hosts_exactly(opened: Database, url: str) -> None:
     assert rows == found
 
 
+def test_a_claim_that_fits_is_granted(opened: Database, url: str) -> None:
+    opened.write_now(make_hosts, "a")
+    results = race(Racer("claim", url, count=10), Racer("claim", url, count=10))
+    found = Counter(outcome for result in results for outcome in result["outcomes"])
+    print(f"claims: 20 tried, 20 room on one host, {max(found.values())} granted")  # noqa: T201
+    assert "NO_VALID_HOST" not in found
+    assert list(found.values()) == [20]
+
+
 def test_a_quota_is_used_up_exactly(opened: Database, url: str) -> None:
     def prepare() -> str:
         model.Quota.create(project_id=PROJECT, instance_count=20)
         return make_flavor()
 
     flavor_id = opened.write_now(prepare)
-    racers = [Racer("create", url, count=100, flavor_id=flavor_id) for _ in range(2)]
+    racers = [Racer("create", url, count=60, flavor_id=flavor_id) for _ in range(2)]
     found = [outcome for result in race(*racers) for outcome in result["outcomes"]]
     granted = [outcome for outcome in found if outcome.startswith("cop-")]
     print(f"quota: {len(found)} tried, 20 allowed, {len(granted)} granted")  # noqa: T201
     assert len(granted) == 20
-    assert Counter(found)["QUOTA_EXCEEDED"] == 180
+    assert Counter(found)["QUOTA_EXCEEDED"] == 100
     assert opened.read_now(lambda: model.Instance.select().count()) == 20
 
 
@@ -170,39 +180,39 @@ def test_a_request_id_makes_one_operation(opened: Database, url: str) -> None:
     arguments = {
         "flavor_id": flavor_id,
         "image_id": ids.new("img"),
-        "request_ids": [ids.request_id() for _ in range(100)],
+        "request_ids": [ids.request_id() for _ in range(50)],
     }
     first, second = race(Racer("create", url, **arguments), Racer("create", url, **arguments))
     made = opened.read_now(lambda: {row.id for row in model.shared.operation.select()})
-    print(f"request ids: 200 sent, 100 different, {len(made)} operations")  # noqa: T201
+    print(f"request ids: 100 sent, 50 different, {len(made)} operations")  # noqa: T201
     assert first == second
     assert set(first["outcomes"]) == made
-    assert len(made) == 100
-    assert opened.read_now(lambda: model.Instance.select().count()) == 100
+    assert len(made) == 50
+    assert opened.read_now(lambda: model.Instance.select().count()) == 50
 
 
 def test_watchers_see_every_change_in_the_order_of_commits(opened: Database, url: str) -> None:
     revision = str(opened.read_now(model.shared.revision))
-    arguments = {"revision": revision, "count": 400, "expected": 800}
+    arguments = {"revision": revision, "count": 150, "expected": 300}
     results = race(*(Racer("write_and_watch", url, **arguments) for _ in range(2)))
     made = {id_ for result in results for id_ in result["made"]}
-    assert len(made) == 800
+    assert len(made) == 300
     for result in results:
         revisions = [number for number, _ in result["seen"]]
         seen = [id_ for _, id_ in result["seen"]]
-        print(f"changes: 800 written by two, {len(set(seen))} seen, {len(seen)} sent")  # noqa: T201
+        print(f"changes: 300 written by two, {len(set(seen))} seen, {len(seen)} sent")  # noqa: T201
         assert revisions == sorted(revisions)
-        assert len(seen) == 800
+        assert len(seen) == 300
         assert set(seen) == made
     assert results[0]["seen"] == results[1]["seen"]
 
 
 def test_an_operation_is_run_by_one_runner(opened: Database, url: str) -> None:
-    made = [opened.write_now(_record_operation) for _ in range(150)]
+    made = [opened.write_now(_record_operation) for _ in range(80)]
     results = race(Racer("run_workflows", url), Racer("run_workflows", url))
     ran = Counter(id_ for result in results for id_, _ in result["ran"])
     shares = [len(result["ran"]) for result in results]
-    print(f"operations: 150 to run, {ran.total()} steps ran, {shares} by each")  # noqa: T201
+    print(f"operations: 80 to run, {ran.total()} steps ran, {shares} by each")  # noqa: T201
     assert set(ran) == set(made)
     assert set(ran.values()) == {1}
 
@@ -240,15 +250,15 @@ def test_a_runner_that_was_overtaken_saves_nothing(opened: Database, url: str) -
 
 
 def test_an_instance_has_one_operation_at_a_time(opened: Database, url: str) -> None:
-    made = opened.write_now(make_instances, 100)
+    made = opened.write_now(make_instances, 50)
     results = race(*(Racer("stop", url, instance_ids=made) for _ in range(2)))
     found = Counter(
         "begun" if outcome.startswith("cop-") else outcome
         for result in results
         for outcome in result["outcomes"]
     )
-    print(f"exclusive operations: 200 asked, 100 instances, {dict(found)}")  # noqa: T201
-    assert found == {"begun": 100, "OPERATION_IN_PROGRESS": 100}
+    print(f"exclusive operations: 100 asked, 50 instances, {dict(found)}")  # noqa: T201
+    assert found == {"begun": 50, "OPERATION_IN_PROGRESS": 50}
     table = model.shared.operation
     running = opened.read_now(lambda: {row.resource_id for row in table.select()})
     assert running == set(made)
@@ -257,14 +267,14 @@ def test_an_instance_has_one_operation_at_a_time(opened: Database, url: str) -> 
 def test_a_users_change_overwrites_nothing_of_a_workflow(opened: Database, url: str) -> None:
     made = opened.write_now(make_instances, 4)
     results = race(
-        Racer("label", url, instance_ids=made, rounds=50),
-        Racer("settle", url, instance_ids=made, rounds=50),
+        Racer("label", url, instance_ids=made, rounds=25),
+        Racer("settle", url, instance_ids=made, rounds=25),
     )
     assert all(outcome.startswith("cop-") for outcome in results[0]["outcomes"])
     rows = opened.read_now(lambda: list(model.Instance.select()))
-    print(f"changes of one row: 50 and 50 each, versions {[r.version for r in rows]}")  # noqa: T201
-    assert {row.boot_number for row in rows} == {51}
-    assert {row.version for row in rows} == {101}
+    print(f"changes of one row: 25 and 25 each, versions {[r.version for r in rows]}")  # noqa: T201
+    assert {row.boot_number for row in rows} == {26}
+    assert {row.version for row in rows} == {51}
 
 
 def _record_operation() -> str:

@@ -304,7 +304,7 @@ def test_the_guest_survives_its_agent_and_is_adopted(guest: Guest) -> None:
     reboots = guest.says("cat /proc/uptime")
     assert float(reboots.split()[0]) > 0
     assert qemu_pids(guest) == pids
-    assert not guest.cloud.verify()
+    guest.cloud.until(lambda: not guest.cloud.verify())
 
 
 def test_a_detached_disk_is_gone_and_an_attached_one_is_there(guest: Guest) -> None:
@@ -354,7 +354,7 @@ def test_delete_leaves_nothing(guest: Guest) -> None:
     guest.cloud.ended(operation)
     guest.cloud.gone(guest.instance_id)
     assert not qemu_pids(guest)
-    assert not guest.cloud.verify()
+    guest.cloud.until(lambda: not guest.cloud.verify())
     instances = guest.cloud.root / "lab/hosts/h1/mcloud/lib/compute/instances"
     assert not list(instances.iterdir())
 

@@ -144,7 +144,8 @@ class World:
 
     def create(self) -> None:
         operation = self.begin("create_instance")
-        assert self.cloud.ended(operation).state == Operation.STATE_SUCCEEDED, operation
+        ended = self.cloud.ended(operation)
+        assert ended.state == Operation.STATE_SUCCEEDED, ended.error
 
     def delete(self) -> None:
         self.cloud.ended(self.begin("delete_instance"))
@@ -166,7 +167,7 @@ class World:
 
     def run(self, workflow: str) -> None:
         operation = self.cloud.ended(self.begin(workflow))
-        assert operation.state == Operation.STATE_SUCCEEDED, operation
+        assert operation.state == Operation.STATE_SUCCEEDED, operation.error
 
     def prepare(self, workflow: str) -> None:
         """Have the instance that the workflow needs."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 from google.protobuf import json_format
@@ -52,6 +54,7 @@ class RecordStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         files.make_private_directory(directory)
 
     def load(self) -> Iterator[Record]:
@@ -63,10 +66,14 @@ class RecordStore:
                 log.error("record not readable", path=str(path), error=type(error).__name__)
 
     async def save(self, record: Record) -> None:
-        """Write a record; after a crash it is this one or the one before."""
-        text = json.dumps(_encode(record), indent=1)
-        path = self._path(record.domain_id)
-        await files.in_thread(files.write_atomically, path, text.encode())
+        """Write a record; after a crash it is this one or the one before.
+
+        Steps that overlap may save the same record; what is on disk then is the newest of it.
+        """
+        async with self._locks.setdefault(record.domain_id, asyncio.Lock()):
+            text = json.dumps(_encode(record), indent=1)
+            path = self._path(record.domain_id)
+            await files.in_thread(files.write_atomically, path, text.encode())
 
     def remove(self, domain_id: str) -> None:
         """Forget a record."""

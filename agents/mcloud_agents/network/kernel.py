@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -48,7 +48,8 @@ class Outcome:
 class _Done:
     """What a network had when it was last brought to its document."""
 
-    content: tuple[bytes, ...]
+    segment: bytes
+    ports: Mapping[str, bytes]  # by id
     service: Service | None
     dhcp_server: int | None
 
@@ -178,19 +179,21 @@ class Kernel:
         ports: list[pb.PortBinding],
         outcome: Outcome,
     ) -> Link:
-        content = tuple(m.SerializeToString(deterministic=True) for m in (segment, *ports))
+        content = segment.SerializeToString(deterministic=True)
+        contents = {port.port_id: port.SerializeToString(deterministic=True) for port in ports}
         done = self._networks.pop(segment.network_id, None)
-        if done is not None and done.content == content:
-            bridge = host.get(bridges.bridge_name(segment, self._settings))
-        else:
-            bridge = bridges.ensure(host, segment, self._settings)
+        bridge = host.find(bridges.bridge_name(segment, self._settings)) if done else None
+        if done is None or bridge is None or done.segment != content:
+            bridge, done = bridges.ensure(host, segment, self._settings), None
+        if done is None or done.ports != contents:
             for port in ports:
-                bridges.ensure_membership(host, bridge, port.device_name, segment.mtu)
-            service, server = None, None
+                if done is None or done.ports.get(port.port_id) != contents[port.port_id]:
+                    bridges.ensure_membership(host, bridge, port.device_name, segment.mtu)
+            service, server = done.service if done else None, None
             if services.served_subnets(segment):
-                service = services.ensure(host, segment, bridge)
+                service = service or services.ensure(host, segment, bridge)
                 server = dhcp.ensure(segment, ports, service, self._settings)
-            done = _Done(content, service, server)
+            done = _Done(content, contents, service, server)
             _log.info("network in place", network=segment.network_id, ports=len(ports))
         self._networks[segment.network_id] = done
         if done.service is not None:

@@ -5,6 +5,7 @@ Source: https://man7.org/linux/man-pages/man7/rtnetlink.7.html, through pyroute2
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from mcloud_agents.network import names
 from mcloud_base.errors import WrongState
@@ -41,34 +43,26 @@ class Link:
 
 
 class Links:
-    """One netlink socket, and the interfaces as they were last read."""
+    """One netlink socket, and what is asked through it."""
 
     def __init__(self, socket_: IPRoute) -> None:
         self.socket = socket_
 
     def all(self) -> dict[str, Link]:
         """Return the interfaces by name."""
-        found = {}
-        for message in self.socket.get_links():
-            info = message.get_attr("IFLA_LINKINFO")
-            data = info.get_attr("IFLA_INFO_DATA") if info else None
-            link = Link(
-                index=message["index"],
-                name=message.get_attr("IFLA_IFNAME"),
-                kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
-                alias=message.get_attr("IFLA_IFALIAS") or "",
-                mac=message.get_attr("IFLA_ADDRESS") or "",
-                mtu=message.get_attr("IFLA_MTU"),
-                master=message.get_attr("IFLA_MASTER") or 0,
-                up=bool(message["flags"] & IFF_UP),
-                data=dict(data["attrs"]) if data and "attrs" in data else {},
-            )
-            found[link.name] = link
-        return found
+        found = map(_link, self.socket.get_links())
+        return {link.name: link for link in found}
 
     def find(self, name: str) -> Link | None:
         """Return an interface, or None."""
-        return self.all().get(name)
+        try:
+            # Only the one: taking the messages of all apart is what a pass spends its time with.
+            (message,) = self.socket.link("get", ifname=name)
+        except NetlinkError as error:
+            if error.code == errno.ENODEV:
+                return None
+            raise
+        return _link(message)
 
     def get(self, name: str) -> Link:
         """Return an interface that must be there."""
@@ -144,6 +138,22 @@ class Links:
             self.socket.route("del", dst="default", gateway=found[0], oif=found[1])
         if gateway:
             self.socket.route("add", dst="default", gateway=gateway, oif=link.index)
+
+
+def _link(message: Any) -> Link:
+    info = message.get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_DATA") if info else None
+    return Link(
+        index=message["index"],
+        name=message.get_attr("IFLA_IFNAME"),
+        kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
+        alias=message.get_attr("IFLA_IFALIAS") or "",
+        mac=message.get_attr("IFLA_ADDRESS") or "",
+        mtu=message.get_attr("IFLA_MTU"),
+        master=message.get_attr("IFLA_MASTER") or 0,
+        up=bool(message["flags"] & IFF_UP),
+        data=dict(data["attrs"]) if data and "attrs" in data else {},
+    )
 
 
 @contextmanager

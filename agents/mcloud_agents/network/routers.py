@@ -42,7 +42,7 @@ def _add_translation(table: x.Table, router: pb.RouterBinding) -> None:
         table.rule("prerouting", {"dnat": {"addr": x.value_map(destination, floating)}})
         back = {fixed: public for public, fixed in floating.items()}
         table.rule("postrouting", leaves, {"snat": {"addr": x.value_map(source, back)}})
-        if inside:
+        if router.interfaces:
             # A guest that asks for a neighbour's floating address must get its answer through
             # the router too, not straight from the neighbour.
             table.rule(
@@ -53,7 +53,7 @@ def _add_translation(table: x.Table, router: pb.RouterBinding) -> None:
                 {"masquerade": None},
             )
     if gateway.snat_enabled:
-        if inside:
+        if router.interfaces:
             table.rule(
                 "postrouting",
                 leaves,

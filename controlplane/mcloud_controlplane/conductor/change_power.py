@@ -26,9 +26,7 @@ class ChangePower:
     async def apply(self, job: Job) -> None:
         """Tell the host, and wait until it has done it."""
         values = job.data["values"]
-        generation = await self._database.write(
-            store.desire, job.data["domain_id"], job.operation_id, **values
-        )
+        generation = await self._database.write(store.desire, job, job.data["domain_id"], **values)
         state = values.get("power_state", "RUNNING")
         await self._domains.await_generation(
             job,

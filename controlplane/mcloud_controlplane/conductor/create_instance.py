@@ -71,7 +71,7 @@ class CreateInstance:
         """
         instance = await self._database.read(store.get_instance, job.resource_id)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
-        await self._database.write(store.set_instance, instance.id, reserved=True)
+        await self._database.write(store.change_instance, job, reserved=True)
         image, *ports = await together(
             self._neighbours.ensure_image_use(job, instance.image_id),
             *(self._reserve_port(job, instance, nic, spec) for nic in instance.nics),
@@ -79,7 +79,7 @@ class CreateInstance:
         )
         _check_fit(instance, image)
         described = {port.metadata.id: port for port in ports if port is not None}
-        await self._database.write(_record_reserved, instance, image, described)
+        await self._database.write(_record_reserved, job, instance, image, described)
         counts = f"{len(instance.nics)} port(s), {len(instance.volumes)} volume(s)"
         job.detail = f"{counts}, image {image.metadata.name}"
 
@@ -107,7 +107,7 @@ class CreateInstance:
             return  # the host is silent: the reclaimer does it when it has answered
         instance = await self._database.read(store.get_instance, job.resource_id)
         await release_reservations(self._neighbours, job, instance)
-        await self._database.write(store.set_instance, instance.id, reserved=False)
+        await self._database.write(store.change_instance, job, reserved=False)
 
     async def claim_host(self, job: Job) -> None:
         """5 to 7. Ask the scheduler for a host; it claims one and queues the domain there.
@@ -228,7 +228,7 @@ def _check_fit(instance: Any, image: image_pb2.Image) -> None:
 
 
 def _record_reserved(
-    instance: Any, image: image_pb2.Image, ports: dict[str, port_pb2.Port]
+    job: Job, instance: Any, image: image_pb2.Image, ports: dict[str, port_pb2.Port]
 ) -> None:
     nics = []
     for nic in instance.nics:
@@ -241,8 +241,8 @@ def _record_reserved(
                 "addresses": [fixed.ip_address for fixed in port.status.fixed_ips],
             }
         )
-    store.set_instance(
-        instance.id,
+    store.change_instance(
+        job,
         nics=nics,
         image={
             "sha256": image.status.sha256,

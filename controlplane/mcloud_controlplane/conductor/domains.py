@@ -57,25 +57,20 @@ class Domains:
             errors.DeadlineExceeded: HOST_SILENT. Everything stays held until the host answers; the
                 reclaimer then goes on.
         """
-        row = await self._database.write(store.desire_absent, domain_id, job.operation_id)
+        await self._database.write(store.desire_absent, job, domain_id)
+
+        def look() -> errors.Error | bool | None:
+            current = store.find_domain(domain_id)
+            return True if current is None or current.absent_time is not None else None
+
+        await self._until(domain_id, look, timeout_s)
         instance = await self._database.read(store.get_instance, job.resource_id)
-        if row is None:
-            await self._database.write(
-                store.retire_domain, domain_id, instance.id, instance.project_id, job.operation_id
-            )
-        else:
-
-            def look() -> errors.Error | bool | None:
-                current = store.find_domain(domain_id)
-                return True if current is None or current.absent_time is not None else None
-
-            await self._until(domain_id, look, timeout_s)
         await self.release(job, instance, domain_id)
 
     async def release(self, job: Job, instance: Any, domain_id: str) -> None:
         """Give back what belongs to a domain that its host has reported absent."""
         await self._neighbours.unbind(job, domain_id, instance.nics, instance.volumes)
-        await self._database.write(store.release_claim, domain_id)
+        await self._database.write(store.release_claim, job, domain_id)
 
     async def _until(self, domain_id: str, look: Any, timeout_s: float) -> None:
         try:

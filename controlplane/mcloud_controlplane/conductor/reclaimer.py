@@ -1,8 +1,9 @@
 """Goes on where an operation had to end before its work: most often because a host was silent.
 
-It looks only at rows that no operation works on: instances that are deleted and still have a
-domain, domains that their hosts have reported absent and that still hold room, and instances that
-are deleted, or were never built, and still have reservations but no domain.
+It looks only at rows that no operation works on: volumes that were to be detached, instances that
+are deleted and still have a domain, domains that their hosts have reported absent and that still
+hold room, and instances that are deleted, or were never built, and still have reservations but no
+domain.
 """
 
 from __future__ import annotations
@@ -58,9 +59,16 @@ class Reclaimer:
 
     async def reclaim(self) -> None:
         """Reclaim everything that can be; what cannot be now is not in the way of the rest."""
-        for domain_id, operation_id in await self._database.read(_left_domains):
-            await self._database.write(store.desire_absent, domain_id, operation_id)
+        for domain_id, job in await self._database.read(_left_domains):
+            await self._database.write(store.desire_absent, job, domain_id)
             log.info("domain of a deleted instance is removed", domain=domain_id)
+        leaving = await self._database.read(_left_volumes)
+        await asyncio.gather(
+            *(
+                self._try(instance, self._detach(job, instance, volume))
+                for instance, volume, job in leaving
+            )
+        )
         gone = await self._database.read(_gone_domains)
         await asyncio.gather(
             *(
@@ -72,6 +80,12 @@ class Reclaimer:
         await asyncio.gather(
             *(self._try(instance, self._release(job, instance)) for instance, job in left)
         )
+
+    async def _detach(self, job: Job, instance: Instance, volume: dict[str, Any]) -> None:
+        await self._neighbours.disconnect(job, instance.domain_id, volume["attachment_id"])
+        await self._neighbours.release_attachments(job, [volume["attachment_id"]])
+        await self._database.write(store.drop_volume, job, volume)
+        log.info("volume reclaimed", instance=instance.id, volume=volume["volume_id"])
 
     async def _release(self, job: Job, instance: Instance) -> None:
         await release_reservations(self._neighbours, job, instance)
@@ -86,8 +100,30 @@ class Reclaimer:
                 log.warning("reclaiming is tried again", instance=instance.id, reason=error.reason)
 
 
-def _left_domains() -> list[tuple[str, str]]:
-    """Return domains of deleted instances that have no tombstone, and their last operations."""
+def _left_volumes() -> list[tuple[Instance, dict[str, Any], Job]]:
+    """Return volumes that were to be detached and that the host has taken off by now."""
+    rows = (
+        Instance.select()
+        .join(Domain, on=(Domain.id == Instance.domain_id))
+        .where(
+            Instance.volumes.cast("text").contains('"leaving"')
+            & (Instance.operation_id == "")
+            & Instance.delete_time.is_null()
+            & (Domain.observed_generation >= Domain.generation)
+            & ~Domain.absent
+        )
+        .limit(100)
+    )
+    found = []
+    for row in rows:
+        if not _is_worked_on(row):
+            job = _job(row)
+            found += [(row, volume, job) for volume in row.volumes if "leaving" in volume]
+    return found
+
+
+def _left_domains() -> list[tuple[str, Job]]:
+    """Return domains of deleted instances that have no tombstone."""
     rows = (
         Domain.select(Domain.id, Domain.instance_id)
         .join(Instance, on=(Instance.id == Domain.instance_id))
@@ -98,7 +134,7 @@ def _left_domains() -> list[tuple[str, str]]:
     for row in rows:
         instance = store.get_instance(row.instance_id)
         if not _is_worked_on(instance):
-            found.append((row.id, _job(instance).operation_id))
+            found.append((row.id, _job(instance)))
     return found
 
 

@@ -90,10 +90,16 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
         row.absent_time = database.now()
     row.save()
     tables.changed("domain", row.id, row.project_id)
-    if status.steps and row.operation_id and report.generation == row.generation:
-        workflows.save_trace(shared, row.operation_id, 1, list(status.steps))
-        tables.changed("operation", row.operation_id, row.project_id)
+    operation_id = _operation_id(row)
+    if status.steps and operation_id and report.generation == row.generation:
+        workflows.save_trace(shared, operation_id, 1, list(status.steps))
+        tables.changed("operation", operation_id, row.project_id)
     _follow_domain(row, status)
+
+
+def _operation_id(row: Domain) -> str:
+    """Return the operation that made the present generation; with an undo, its key says more."""
+    return str(row.operation_id).partition("/")[0]
 
 
 def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
@@ -140,6 +146,37 @@ def end_operation(job: workflows.Job, **values: Any) -> None:
     set_instance(job.resource_id, **values)
 
 
+def add_volume(job: workflows.Job, volume: dict[str, Any]) -> int:
+    """Desire the domain with a disk; return the generation."""
+    volumes = _other_volumes(get_instance(job.resource_id), volume)
+    return desire(job, job.data["domain_id"], volumes=[*volumes, volume])
+
+
+def remove_volume(job: workflows.Job, volume: dict[str, Any]) -> int:
+    """Desire the domain without a disk; return the generation.
+
+    Until its host has taken the disk off and the volume is given back, the instance shows it:
+    whatever becomes of the operation, somebody knows of it.
+    """
+    volumes = _other_volumes(get_instance(job.resource_id), volume)
+    key = f"{job.operation_id}/remove"
+    leaving = {**volume, "leaving": True}
+    return desire(job, job.data["domain_id"], key, volumes=[*volumes, leaving])
+
+
+def drop_volume(job: workflows.Job, volume: dict[str, Any]) -> None:
+    """Forget a volume that was given back."""
+    require_lease(job)
+    instance = get_instance(job.resource_id)
+    volumes = _other_volumes(instance, volume)
+    if len(volumes) < len(instance.volumes):
+        set_instance(instance.id, volumes=volumes)
+
+
+def _other_volumes(instance: Instance, volume: dict[str, Any]) -> list[dict[str, Any]]:
+    return [v for v in instance.volumes if v["attachment_id"] != volume["attachment_id"]]
+
+
 def get_instance(id_: str) -> Instance:
     """Return an instance's row, also a deleted one's."""
     return Instance.get_by_id(id_)
@@ -157,11 +194,35 @@ def domain_error(row: Domain) -> errors.Error | None:
     return errors.from_status(status_pb2.Status.FromString(bytes(row.error)))
 
 
-def desire(domain_id: str, operation_id: str, **instance_values: Any) -> int:
+def require_lease(job: workflows.Job) -> None:
+    """Refuse a runner that was overtaken; first in the unit of each of its effects here.
+
+    The update keeps the operation's row, so that nobody overtakes before the unit's end.
+
+    Raises:
+        errors.Conflict: STALE_LEASE.
+    """
+    table = shared.operation
+    mine = (table.id == job.operation_id) & (table.lease_number == job.lease_number)
+    if job.operation_id and not table.update(lease_number=job.lease_number).where(mine).execute():
+        raise errors.Conflict(
+            "STALE_LEASE", f"another runner works on {job.operation_id}", id=job.operation_id
+        )
+
+
+def change_instance(job: workflows.Job, **values: Any) -> None:
+    """Change the instance's row as a step's effect."""
+    require_lease(job)
+    set_instance(job.resource_id, **values)
+
+
+def desire(job: workflows.Job, domain_id: str, key: str = "", **instance_values: Any) -> int:
     """Change what is desired of a domain, and return its new generation.
 
-    Keyed by the operation: a repeat within the same operation changes nothing.
+    Keyed by the operation, or by what is given: a repeat changes nothing.
     """
+    require_lease(job)
+    operation_id = key or job.operation_id
     row = locked(Domain.select().where(Domain.id == domain_id)).get()
     if row.operation_id == operation_id or row.absent:
         return int(row.generation)
@@ -175,36 +236,37 @@ def desire(domain_id: str, operation_id: str, **instance_values: Any) -> int:
     return int(row.generation)
 
 
-def desire_absent(domain_id: str, operation_id: str) -> Domain | None:
-    """Put a tombstone on a domain; None if there is none, and then there never will be."""
+def desire_absent(job: workflows.Job, domain_id: str) -> Domain:
+    """Put a tombstone on a domain; where there is none yet, none can be made any more."""
+    require_lease(job)
     row: Domain | None = locked(Domain.select().where(Domain.id == domain_id)).first()
     if row is None:
-        return None
+        return _retire_domain(job, domain_id)
     if not row.absent:
         row.absent = True
         row.generation += 1
-        row.operation_id = operation_id
+        row.operation_id = job.operation_id
         row.error = None
         row.save()
         tables.changed("domain", domain_id, row.project_id)
     return row
 
 
-def retire_domain(domain_id: str, instance_id: str, project_id: str, operation_id: str) -> None:
+def _retire_domain(job: workflows.Job, domain_id: str) -> Domain:
     """Make it impossible that a claim for this domain, delayed, is made after its undo."""
     moment = database.now()
-    Domain.insert(
+    return Domain.create(
         id=domain_id,
-        instance_id=instance_id,
-        project_id=project_id,
+        instance_id=job.resource_id,
+        project_id=job.project_id,
         host_id="",
-        operation_id=operation_id,
+        operation_id=job.operation_id,
         generation=1,
         absent=True,
         state="ABSENT",
         create_time=moment,
         absent_time=moment,
-    ).on_conflict_ignore().execute()
+    )
 
 
 def count_build(domain_id: str, *, failed: bool) -> None:
@@ -220,21 +282,13 @@ def count_build(domain_id: str, *, failed: bool) -> None:
         tables.changed("host", row.host_id, "")
 
 
-def release_claim(domain_id: str) -> None:
+def release_claim(job: workflows.Job, domain_id: str) -> None:
     """Give the room back; nothing happens if none is held."""
+    require_lease(job)
     row = Claim.get_or_none(Claim.domain_id == domain_id)
     if row is not None:
         row.delete_instance()
         tables.changed("host", row.host_id, "")
-
-
-def absent_domains_with_claims() -> list[Domain]:
-    """Return domains that are gone from their hosts and still hold room."""
-    return list(
-        Domain.select()
-        .join(Claim, on=(Claim.domain_id == Domain.id))
-        .where(Domain.absent_time.is_null(False))
-    )
 
 
 def domain_spec(
@@ -257,7 +311,7 @@ def domain_spec(
     if row.absent:
         raise errors.WrongState("DOMAIN_ABSENT", f"domain {request.domain_id} is to be removed")
     instance = Instance.get_by_id(row.instance_id)
-    operation = shared.operation.get_or_none(shared.operation.id == row.operation_id)
+    operation = shared.operation.get_or_none(shared.operation.id == _operation_id(row))
     traceparent = ""
     if operation is not None and operation.trace_id:
         traceparent = f"00-{operation.trace_id}-{operation.trace_id[:16]}-01"
@@ -296,6 +350,7 @@ def domain_spec(
                 device=volume["device"],
             )
             for volume in instance.volumes
+            if "leaving" not in volume
         ],
         config=domain_pb2.GuestConfig(
             public_keys=keys,
@@ -306,7 +361,7 @@ def domain_spec(
             project_id=instance.project_id,
             flavor_name=instance.flavor_name,
         ),
-        operation_id=row.operation_id,
+        operation_id=_operation_id(row),
         traceparent=traceparent,
     )
 

@@ -38,8 +38,8 @@ class Hosts:
 
     ids: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    zones: npt.NDArray[np.str_] = field(default_factory=lambda: np.empty(0, "U64"))
-    archs: npt.NDArray[np.str_] = field(default_factory=lambda: np.empty(0, "U16"))
+    zones: npt.NDArray[np.object_] = field(default_factory=lambda: np.empty(0, object))
+    archs: npt.NDArray[np.object_] = field(default_factory=lambda: np.empty(0, object))
     enabled: Bools = field(default_factory=lambda: np.empty(0, np.bool_))
     limit: Floats = field(default_factory=lambda: np.empty((3, 0)))
     claimed: Floats = field(default_factory=lambda: np.empty((3, 0)))
@@ -54,8 +54,8 @@ class Hosts:
         return cls(
             ids=[record.id for record in records],
             names=[record.name for record in records],
-            zones=np.array([record.zone for record in records], dtype="U64"),
-            archs=np.array([record.arch for record in records], dtype="U16"),
+            zones=np.array([record.zone for record in records], dtype=object),
+            archs=np.array([record.arch for record in records], dtype=object),
             enabled=np.array([record.enabled for record in records], dtype=np.bool_),
             limit=np.array([record.limit for record in records], dtype=float)
             .reshape(-1, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
 import structlog
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 _QUEUE_LIMIT = 1000
 _FOLLOW_S = 5.0  # the net under the wake-ups
+_ROUNDS = 4  # in which every candidate was lost to others, before the request is refused
 _TIME_WRITTEN_US = 3_000_000  # how stale a host's recorded report time may become
 
 
@@ -39,27 +40,27 @@ class View:
 
     async def follow(self) -> None:
         """Load all hosts, then what changes, for ever."""
+        revision: int | None = None
         with self._database.listening() as event:
-            revision, _ = await self._database.read(store.changed_hosts, 0)
-            records = await self._database.read(store.load_hosts, self._settings, None)
-            self.hosts = self.hosts.update(records)
-            self.loaded.set()
             while True:
                 event.clear()
                 try:
                     revision, changed = await self._database.read(store.changed_hosts, revision)
-                    if changed:
-                        records = await self._database.read(
-                            store.load_hosts, self._settings, changed
-                        )
-                        self.hosts = self.hosts.update(records)
-                except errors.Unavailable as error:
+                    if changed is None or changed:
+                        await self.refresh(changed)
+                    self.loaded.set()
+                except errors.Error as error:
                     log.warning("view of hosts is not refreshed", reason=error.reason)
                 try:
                     async with asyncio.timeout(_FOLLOW_S):
                         await event.wait()
                 except TimeoutError:
                     continue
+
+    async def refresh(self, host_ids: Collection[str] | None) -> None:
+        """Read hosts again; None: all."""
+        records = await self._database.read(store.load_hosts, self._settings, host_ids)
+        self.hosts = self.hosts.update(records)
 
     def heard(self, host_id: str) -> None:
         """Note that a host has just reported."""
@@ -156,16 +157,16 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
             excluded=frozenset(request.excluded_host_ids),
         )
         self._turn += 1
-        choice = choose.choose(self._view.hosts, need, turn=self._turn)
-        choice.explanation.duration_us = database.now() - queued.queue_time
-        if request.dry_run:
+        for number in range(_ROUNDS):
+            choice = choose.choose(self._view.hosts, need, turn=self._turn)
+            choice.explanation.duration_us = database.now() - queued.queue_time
             if not choice.candidates:
-                raise _no_valid_host(choice.explanation)
-            return placement_service_pb2.SelectDestinationsResponse(explanation=choice.explanation)
-        for place, host_id in enumerate(choice.candidates):
-            claim = await self._database.write(
-                store.claim, self._database, self._settings, request, host_id, choice.explanation
-            )
+                break
+            if request.dry_run:
+                return placement_service_pb2.SelectDestinationsResponse(
+                    explanation=choice.explanation
+                )
+            claim = await self._claim_one(request, choice, wait=number > 0)
             if claim is not None:
                 self._view.claimed(claim)
                 log.info("host claimed", step=7, instance=request.instance_id, host=claim.host_name)
@@ -174,12 +175,40 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                     explanation=choice.explanation,
                     steps=_steps(queued.queue_time, taken, claim.host_name),
                 )
-            if place < len(choice.explanation.top_hosts):
-                choice.explanation.top_hosts[
-                    place
-                ].rejected = "taken by another claim, or just disabled"
-        await self._database.write(store.record_placement, request, choice.explanation)
+            # Others were quicker, or the view is old: look what is left.
+            await self._view.refresh(choice.candidates)
+        if not request.dry_run:
+            await self._database.write(store.record_placement, request, choice.explanation)
         raise _no_valid_host(choice.explanation)
+
+    async def _claim_one(
+        self,
+        request: placement_service_pb2.SelectDestinationsRequest,
+        choice: choose.Choice,
+        *,
+        wait: bool,
+    ) -> placement_pb2.Claim | None:
+        """Claim the best candidate that can be had; None: none can.
+
+        Args:
+            wait: for those on which others are claiming; otherwise the next one is tried.
+        """
+        for place, host_id in enumerate(choice.candidates):
+            claim = await self._database.write(
+                store.claim,
+                self._database,
+                self._settings,
+                request,
+                host_id,
+                choice.explanation,
+                wait=wait,
+            )
+            if claim is not None:
+                return claim
+            if place < len(choice.explanation.top_hosts):
+                rejected = choice.explanation.top_hosts[place]
+                rejected.rejected = "taken by another claim, or just disabled"
+        return None
 
 
 class HostReportServicer(placement_service_pb2_grpc.HostReportServiceServicer):

@@ -82,9 +82,11 @@ def limits(settings: Settings, row: Any) -> tuple[float, float, float]:
     )
 
 
-def changed_hosts(after: int) -> tuple[int, set[str]]:
-    """Return the revision now, and the hosts whose row or claims changed after a revision."""
+def changed_hosts(after: int | None) -> tuple[int, set[str] | None]:
+    """Return the revision now, and the hosts whose row or claims changed after one; None: all."""
     head = shared.revision()
+    if after is None:
+        return head, None
     rows = (
         shared.change.select(shared.change.resource_id)
         .where((shared.change.revision > after) & (shared.change.type == "host"))
@@ -105,12 +107,17 @@ def claim(
     request: placement_service_pb2.SelectDestinationsRequest,
     host_id: str,
     explanation: placement_pb2.PlacementExplanation,
+    *,
+    wait: bool = False,
 ) -> placement_pb2.Claim | None:
     """Hold room on a host and queue the domain there, in one transaction; None if it is taken.
 
     The operation's row is compared with the lease number, the host's row is locked, then the
     conditional INSERT repeats every constraint (a conditional INSERT alone overcommitted on
     PostgreSQL: 33 of 20).
+
+    Args:
+        wait: for whoever has the host's row locked; otherwise that is None, too.
 
     Raises:
         errors.Conflict: STALE_LEASE.
@@ -124,9 +131,8 @@ def claim(
         raise errors.WrongState(
             "ID_RETIRED", f"domain {request.domain_id} has been removed", id=request.domain_id
         )
-    host = store.locked_or_skipped(
-        Host.select().where((Host.id == host_id) & Host.delete_time.is_null() & ~Host.disabled)
-    ).first()
+    query = Host.select().where((Host.id == host_id) & Host.delete_time.is_null() & ~Host.disabled)
+    host = (store.locked(query) if wait else store.locked_or_skipped(query)).first()
     if host is None:
         return None
     need, moment = request.resources, database.now()

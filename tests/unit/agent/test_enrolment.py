@@ -118,6 +118,7 @@ async def test_a_machine_becomes_a_host(files: enrolment.Files, tmp_path: Path) 
         "ca-cert.pem",
         "client-cert.pem",
         "client-key.pem",
+        "dh-params.pem",
         "server-cert.pem",
         "server-key.pem",
     }

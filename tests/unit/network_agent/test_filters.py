@@ -108,6 +108,14 @@ def test_the_ruleset_of_a_router(golden: Callable[[str, str], None]) -> None:
     golden("router_filter.jsonl", lines(routers.build_table(router)))
 
 
+def test_a_router_without_interfaces_has_no_empty_set() -> None:
+    gateway = pb.ExternalGateway(
+        port_id="port-11111111111", ip_address="203.0.113.10", prefix_len=24, snat_enabled=True
+    )
+    router = pb.RouterBinding(router_id="rtr-0", gateway=gateway)
+    assert '"set": []' not in lines(routers.build_table(router))  # nftables refuses one
+
+
 def test_a_port_without_rules_admits_nothing() -> None:
     commands = build(pb.HostDataplane(networks=[NETWORK], ports=[port("a")]))
     for direction in ("in", "out"):
