@@ -57,7 +57,8 @@ def postgresql_server() -> Iterator[Server]:
     data = directory / "data"
     as_root = os.geteuid() == 0
     account = pwd.getpwnam(user)
-    uid, gid, groups = (account.pw_uid, account.pw_gid, []) if as_root else (None, None, None)
+    uid, gid = (account.pw_uid, account.pw_gid) if as_root else (None, None)
+    groups: list[int] | None = [] if as_root else None
     subprocess.run(
         [BINARIES / "initdb", "-D", data, "-U", user, "--auth=trust", "--no-sync"],
         check=True,

@@ -36,7 +36,7 @@ def main() -> None:
     "--join-token",
     envvar="MCLOUD_JOIN_TOKEN",
     required=True,
-    help="From `mcloud host join-token`; the environment hides it from `ps`.",
+    help="From `mcloud join-token create NAME`; the environment hides it from `ps`.",
 )
 @click.option("--control-plane", default="", help="HOST:PORT of the public port.")
 @click.option("--name", default="", help="Of the host. [default: the settings' name]")

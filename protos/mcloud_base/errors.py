@@ -140,8 +140,11 @@ def to_status(error: Error) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     packed = []
     for detail in (info, *error.details):
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
+        if isinstance(detail, any_pb2.Any):  # as it came in another process's status
+            packed.append(detail)
+        else:
+            packed.append(any_pb2.Any())
+            packed[-1].Pack(detail)
     return status_pb2.Status(code=error.code.value[0], message=error.message, details=packed)
 
 

@@ -109,6 +109,12 @@ class HostCloud:
             self._controlplane.wait(timeout=60)
             self._controlplane = None
 
+    def restart_controlplane(self, **settings: object) -> None:
+        """Have another one, with these settings."""
+        self.stop_controlplane()
+        self.configure(**settings)
+        self.start_controlplane()
+
     def start_agent(self) -> None:
         pid_file = self.root / "agent.pid"
         pid_file.unlink(missing_ok=True)
@@ -127,8 +133,10 @@ class HostCloud:
             os.kill(self._agent_pid, signal.SIGKILL)
         self.until(lambda: not _lives(self._agent_pid), revive=False)
 
-    def agent_lives(self) -> bool:
-        return _lives(self._agent_pid)
+    def start_agent_again(self) -> None:
+        """Start it unless it runs."""
+        if not _lives(self._agent_pid):
+            self.start_agent()
 
     def revive(self) -> None:
         """Start again what was killed."""

@@ -196,19 +196,20 @@ class World:
         assert found.status.state != State.STATE_BUILD, found
         return found
 
-    def require_clean(self, deadline_s: float = 30) -> None:
-        """Nothing is left of any instance, and verify finds nothing."""
+    def require_clean(self, deadline_s: float = 60, *, other_than: str = "") -> None:
+        """Nothing is left of any instance but this, and verify finds nothing."""
         seen: set[str] = set()
+        wanted = self.baseline | {other_than} - {""}
 
         def look() -> bool:
             seen.clear()
             seen.update(inventory.take(self.cloud))
-            return seen == self.baseline
+            return seen == wanted
 
         try:
             self.cloud.until(look, deadline_s)
         except AssertionError:
-            left, missing = sorted(seen - self.baseline), sorted(self.baseline - seen)
+            left, missing = sorted(seen - wanted), sorted(wanted - seen)
             pytest.fail("\n".join(["left:", *left, "missing:", *missing]))
         self.require_verified()
 
@@ -267,6 +268,117 @@ def settle(world: World, case: Case) -> str:
         assert state in ("ACTIVE", "SHUTOFF")
         world.require_verified()
     return state
+
+
+# --- pre-empted, cancelled, silent ----------------------------------------------------------------
+
+
+@pytest.fixture
+def hanging(world: World) -> Iterator[World]:
+    """The agent never gets over a step, until its plan is cleared."""
+    world.cloud.agent_plan.arm(Blow(("14", "after"), "repeat", -1))
+    yield world
+    world.cloud.agent_plan.arm()
+
+
+def until_hanging(world: World, operation: Operation) -> None:
+    """Wait until the agent works on it."""
+    request = operation_pb2.GetOperationRequest(id=operation.id)
+
+    def look() -> bool:
+        seen = world.cloud.call("compute.OperationService/GetOperation", request)
+        return any(step.number == 14 for step in seen.steps)
+
+    world.cloud.until(look)
+
+
+@pytest.mark.parametrize("workflow", ["create_instance", "attach_volume", "reboot_instance"])
+def test_a_delete_preempts(world: World, workflow: str, request: pytest.FixtureRequest) -> None:
+    world.prepare(workflow)
+    request.getfixturevalue("hanging")
+    preempted = world.begin(workflow)
+    until_hanging(world, preempted)
+
+    deleting = world.begin("delete_instance")
+    world.cloud.agent_plan.arm()
+
+    assert world.cloud.ended(preempted).state == Operation.STATE_CANCELLED
+    assert world.cloud.ended(deleting).state == Operation.STATE_SUCCEEDED
+    world.cloud.gone(world.instance_id)
+    world.instance_id = ""
+    world.require_clean()
+
+
+def test_a_cancelled_create_says_so(world: World, request: pytest.FixtureRequest) -> None:
+    world.prepare("create_instance")
+    request.getfixturevalue("hanging")
+    operation = world.begin("create_instance")
+    until_hanging(world, operation)
+
+    cancel = operation_pb2.CancelOperationRequest(id=operation.id)
+    world.cloud.mutate("compute.OperationService/CancelOperation", cancel)
+
+    assert world.cloud.ended(operation).state == Operation.STATE_CANCELLED
+    assert world.state().status.fault.reason == "OPERATION_CANCELLED"
+    world.delete()
+    world.require_clean()
+
+
+@pytest.fixture
+def short_deadline(world: World) -> Iterator[int]:
+    """Operations have to end soon."""
+    deadline_s = 12
+    cloud = world.cloud
+    cloud.restart_controlplane(operation_lease_s=2, operation_deadline_s=deadline_s)
+    yield deadline_s
+    cloud.restart_controlplane(operation_lease_s=2)
+    cloud.start_agent_again()
+
+
+def test_what_a_silent_host_has_of_a_failed_create_is_held(
+    world: World, short_deadline: int
+) -> None:
+    world.prepare("create_instance")
+    cloud = world.cloud
+    cloud.agent_wanted = False
+    cloud.agent_plan.arm(Blow(("14", "after"), "kill"))
+
+    operation = cloud.ended(world.begin("create_instance"), short_deadline + 30)
+
+    assert errors.from_status(operation.error).reason == "HOST_SILENT"
+    late = operation.end_time.ToMicroseconds() - operation.deadline.ToMicroseconds()
+    assert late < 10e6
+    instance = world.state()
+    assert instance.status.state == State.STATE_ERROR
+    assert "held until" in instance.status.fault.message
+    held = {line.partition(" ")[2].split()[0] for line in inventory.take(cloud) - world.baseline}
+    assert {"claim", "domain", "port", "attachment", "use"} <= held
+
+    cloud.start_agent()
+    world.require_clean(other_than=f"compute instance {instance.metadata.id} ERROR")
+    world.delete()
+    world.require_clean()
+
+
+def test_what_a_silent_host_has_of_a_deleted_instance_is_held(
+    world: World, short_deadline: int
+) -> None:
+    world.prepare("stop_instance")
+    cloud = world.cloud
+    cloud.kill_agent()
+
+    operation = cloud.ended(world.begin("delete_instance"), short_deadline + 30)
+
+    assert errors.from_status(operation.error).reason == "HOST_SILENT"
+    listed = cloud.call("compute.InstanceService/ListInstances", pb.ListInstancesRequest())
+    assert not listed.instances  # name and quota are free
+    held = {line.partition(" ")[2].split()[0] for line in inventory.take(cloud) - world.baseline}
+    assert {"claim", "domain", "port", "attachment", "use", "process"} <= held
+
+    cloud.start_agent()
+    cloud.gone(world.instance_id)
+    world.instance_id = ""
+    world.require_clean()
 
 
 def test_no_step_was_left_out(world: World) -> None:
