@@ -40,7 +40,7 @@ class Settings(BaseModel):
     cpu_allocation_ratio: float = Field(4.0, gt=0)
     memory_allocation_ratio: float = Field(1.0, gt=0)
     disk_allocation_ratio: float = Field(1.0, gt=0)
-    underlay_mtu: int = Field(1500, ge=1280, le=65535)  # between hosts; guests get 50 bytes less
+    underlay_mtu: int = Field(1500, ge=1330, le=65535)  # between hosts; guests get 50 bytes less
     otlp_endpoint: str = ""  # host:4317; spans of operations go there
     log_format: Literal["console", "json"] = "console"
 

@@ -133,11 +133,6 @@ class HostCloud:
             os.kill(self._agent_pid, signal.SIGKILL)
         self.until(lambda: not _lives(self._agent_pid), revive=False)
 
-    def start_agent_again(self) -> None:
-        """Start it unless it runs."""
-        if not _lives(self._agent_pid):
-            self.start_agent()
-
     def revive(self) -> None:
         """Start again what was killed."""
         if self._controlplane is not None and self._controlplane.poll() is not None:
@@ -217,7 +212,8 @@ class HostCloud:
     def mutate(self, method: str, request: Any, *, system: bool = False) -> Operation:
         """Call a MUTATE; once, however often it has to be tried."""
         request.request_id = ids.request_id()
-        return self.until(lambda: self.call(method, request, system=system))
+        operation: Operation = self.until(lambda: self.call(method, request, system=system))
+        return operation
 
     def ended(self, operation: Operation, deadline_s: float = 60) -> Operation:
         """Wait for an operation's end; compute's and volume's differ by the prefix."""
@@ -330,6 +326,10 @@ class HostCloud:
         except errors.NotFound:
             return None
         return found
+
+    def delete(self, id_: str) -> Operation:
+        """Begin to delete an instance."""
+        return self.mutate(*_request("compute.InstanceService/DeleteInstance", id=id_))
 
     def gone(self, id_: str, deadline_s: float = 60) -> None:
         """Wait until an instance is gone."""

@@ -55,6 +55,12 @@ async def outcomes(work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
     return await asyncio.gather(*map(one, work))
 
 
+async def end(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def enter(method: str) -> None:
     """Be a member of the project who calls a method."""
     caller = auth.Caller(
@@ -86,8 +92,7 @@ async def claim(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
         return answer.claim.host_id
 
     found = await outcomes([place() for _ in range(arguments["count"])])
-    for task in tasks:
-        task.cancel()
+    await end(*tasks)
     return {"outcomes": found}
 
 
@@ -160,7 +165,7 @@ async def run_workflows(opened: Database, arguments: dict[str, Any]) -> dict[str
         return True if not table.select().where(table.state == "RUNNING").exists() else None
 
     await opened.until(finished, timeout_s=60)
-    running.cancel()
+    await end(running)
     return {"ran": ran}
 
 
@@ -197,7 +202,7 @@ async def stall(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
     await held.wait()  # and so until it may go on
     async with asyncio.timeout(60):
         await left.wait()
-    running.cancel()
+    await end(running)
     return result
 
 

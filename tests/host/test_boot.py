@@ -59,10 +59,18 @@ class Guest:
         options += ["LogLevel=ERROR", f"ConnectTimeout={timeout_s}"]
         flags = [part for option in options for part in ("-o", option)]
         return subprocess.run(
-            ["ssh", "-i", str(self.key), *flags, f"root@{self.address}", command],
+            [
+                "timeout",
+                str(timeout_s + 10),
+                "ssh",
+                "-i",
+                str(self.key),
+                *flags,
+                f"root@{self.address}",
+                command,
+            ],
             capture_output=True,
             text=True,
-            timeout=timeout_s + 25,
             check=False,
         )
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,26 +325,33 @@ def test_a_cancelled_create_says_so(world: World, request: pytest.FixtureRequest
     world.require_clean()
 
 
-@pytest.fixture
-def short_deadline(world: World) -> Iterator[int]:
-    """Operations have to end soon."""
-    deadline_s = 12
-    cloud = world.cloud
-    cloud.restart_controlplane(operation_lease_s=2, operation_deadline_s=deadline_s)
-    yield deadline_s
-    cloud.restart_controlplane(operation_lease_s=2)
-    cloud.start_agent_again()
+DEADLINE_S = 20
 
 
-def test_what_a_silent_host_has_of_a_failed_create_is_held(
-    world: World, short_deadline: int
-) -> None:
+@contextmanager
+def short_deadline(cloud: HostCloud) -> Iterator[None]:
+    """Operations have to end soon, and nobody starts a dead agent."""
+    cloud.restart_controlplane(operation_lease_s=2, operation_deadline_s=DEADLINE_S)
+    cloud.agent_wanted = False
+    try:
+        yield
+    finally:
+        cloud.restart_controlplane(operation_lease_s=2)
+        cloud.agent_wanted = True
+
+
+def kinds(lines: set[str]) -> set[str]:
+    """ "compute claim d-…" is a claim."""
+    return {line.split()[1] for line in lines}
+
+
+def test_what_a_silent_host_has_of_a_failed_create_is_held(world: World) -> None:
     world.prepare("create_instance")
     cloud = world.cloud
-    cloud.agent_wanted = False
-    cloud.agent_plan.arm(Blow(("14", "after"), "kill"))
-
-    operation = cloud.ended(world.begin("create_instance"), short_deadline + 30)
+    with short_deadline(cloud):
+        cloud.agent_plan.arm(Blow(("14", "after"), "kill"))
+        operation = cloud.ended(world.begin("create_instance"), DEADLINE_S + 30)
+        held = kinds(inventory.take(cloud) - world.baseline)
 
     assert errors.from_status(operation.error).reason == "HOST_SILENT"
     late = operation.end_time.ToMicroseconds() - operation.deadline.ToMicroseconds()
@@ -351,31 +359,24 @@ def test_what_a_silent_host_has_of_a_failed_create_is_held(
     instance = world.state()
     assert instance.status.state == State.STATE_ERROR
     assert "held until" in instance.status.fault.message
-    held = {line.partition(" ")[2].split()[0] for line in inventory.take(cloud) - world.baseline}
     assert {"claim", "domain", "port", "attachment", "use"} <= held
-
-    cloud.start_agent()
     world.require_clean(other_than=f"compute instance {instance.metadata.id} ERROR")
     world.delete()
     world.require_clean()
 
 
-def test_what_a_silent_host_has_of_a_deleted_instance_is_held(
-    world: World, short_deadline: int
-) -> None:
+def test_what_a_silent_host_has_of_a_deleted_instance_is_held(world: World) -> None:
     world.prepare("stop_instance")
     cloud = world.cloud
-    cloud.kill_agent()
-
-    operation = cloud.ended(world.begin("delete_instance"), short_deadline + 30)
+    with short_deadline(cloud):
+        cloud.kill_agent()
+        operation = cloud.ended(world.begin("delete_instance"), DEADLINE_S + 30)
+        listed = cloud.call("compute.InstanceService/ListInstances", pb.ListInstancesRequest())
+        held = kinds(inventory.take(cloud) - world.baseline)
 
     assert errors.from_status(operation.error).reason == "HOST_SILENT"
-    listed = cloud.call("compute.InstanceService/ListInstances", pb.ListInstancesRequest())
     assert not listed.instances  # name and quota are free
-    held = {line.partition(" ")[2].split()[0] for line in inventory.take(cloud) - world.baseline}
     assert {"claim", "domain", "port", "attachment", "use", "process"} <= held
-
-    cloud.start_agent()
     cloud.gone(world.instance_id)
     world.instance_id = ""
     world.require_clean()

@@ -194,9 +194,9 @@ def create(
     _check_spec(spec)
     quota_store.require(project_id, instances=1, vcpus=size.vcpu_count, memory_mib=size.memory_mib)
     _require_free_name(project_id, request.name)
-    moment = database.now()
+    moment, id_ = database.now(), ids.new("i")
     row = Instance(
-        id=ids.new("i"),
+        id=id_,
         name=request.name,
         project_id=project_id,
         labels=dict(request.labels),
@@ -210,7 +210,7 @@ def create(
         vcpu_count=size.vcpu_count,
         memory_mib=size.memory_mib,
         disk_gib=size.disk_gib,
-        hostname=hostname(request.name),
+        hostname=hostname(request.name, id_),
         key_pair_name=key.name if key else "",
         public_key=key_pair_store.public_key(key) if key else "",
         nics=[
@@ -300,15 +300,16 @@ def _project(caller: auth.Caller) -> str:
     return caller.project_id
 
 
-def hostname(name: str) -> str:
+def hostname(name: str, id_: str) -> str:
     """Return the host name that Nova would derive from an instance's name.
 
-    Source: nova.utils.sanitize_hostname: spaces and underscores become hyphens, other characters
-    than letters, digits, "-" and "." go, lower case, at most 63 characters.
+    Source: nova.utils.sanitize_hostname: spaces, underscores and dots become hyphens, other
+    characters than letters, digits and hyphens go, lower case, at most 63 characters. (Letters
+    are ASCII's here: others are no host names.) Where nothing is left, it is the id.
     """
-    text = re.sub(r"[ _]", "-", name).lower()
-    text = re.sub(r"[^a-z0-9.-]", "", text).strip(".-")[:63].rstrip(".-")
-    return text or "instance"
+    text = re.sub(r"[ _.]", "-", name).lower()
+    text = re.sub(r"[^a-z0-9-]", "", text).strip("-")[:63].rstrip("-")
+    return text or id_
 
 
 # -- changing --------------------------------------------------------------------------------------
