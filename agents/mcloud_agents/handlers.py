@@ -14,6 +14,7 @@ from mcloud_base import errors
 
 if TYPE_CHECKING:
     from mcloud_agents.compute.driver import HostFacts
+    from mcloud_agents.session import Handler
 
 State = domain_pb2.DomainStatus.State
 
@@ -84,6 +85,28 @@ class DataplaneHandler:
                 f"{deadline_s:.0f} s; it should be at {generation}",
                 generation=self._last.generation,
             ) from error
+
+
+class WholeHost:
+    """The compute part, for the session with the conductor: it is told of all that is here."""
+
+    def __init__(self, domains: Handler, others: Sequence[Handler]) -> None:
+        self._domains = domains
+        self._others = others
+
+    async def apply(self, desired: session_pb2.Desired) -> session_pb2.Observed | None:
+        """Work on a domain."""
+        return await self._domains.apply(desired)
+
+    async def observe_all(self) -> Sequence[session_pb2.Observed]:
+        """Return every domain."""
+        return await self._domains.observe_all()
+
+    async def artifacts(self) -> Sequence[session_pb2.Artifact]:
+        """Return everything of mcloud's on the host."""
+        parts = (self._domains, *self._others)
+        found = await asyncio.gather(*(part.artifacts() for part in parts))
+        return [artifact for part in found for artifact in part]
 
 
 class StateChanges:

@@ -102,16 +102,21 @@ class _Program:
         )
         network = handlers.DataplaneHandler(self._dataplane)
         self._compute = self._make_compute(network)
+        self._volumes = self._make_volumes() if settings.storage_enabled else None
+        others: list[Handler] = [network]
+        if self._volumes is not None:
+            others.append(self._volumes)
         conductor = domain_service_pb2_grpc.SessionServiceStub(self._links.to("conductor"))
         self._domains = self._session(
-            "conductor", lambda: conductor.OpenSession(None), self._compute
+            "conductor",
+            lambda: conductor.OpenSession(None),
+            handlers.WholeHost(self._compute, others),
         )
         networks = network_grpc.SessionServiceStub(self._links.to("network"))
         self._sessions = [
             self._domains,
             self._session("network", lambda: networks.OpenSession(None), network),
         ]
-        self._volumes = self._make_volumes() if settings.storage_enabled else None
         if self._volumes is not None:
             volumes = volume_grpc.SessionServiceStub(self._links.to("volume"))
             self._sessions.append(

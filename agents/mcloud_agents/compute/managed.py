@@ -42,6 +42,7 @@ class Managed:
             reason=domain.reason if domain else "",
             instance_id=record.instance_id,
             steps=self.steps.listing(),
+            desired_generation=record.generation,
             boot_number=domain.identity.boot_number if domain and domain.identity else 0,
         )
         packed = any_pb2.Any()

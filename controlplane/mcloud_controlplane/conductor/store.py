@@ -91,7 +91,7 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
     row.save()
     tables.changed("domain", row.id, row.project_id)
     operation_id = _operation_id(row)
-    if status.steps and operation_id and report.generation == row.generation:
+    if status.steps and operation_id and status.desired_generation == row.generation:
         workflows.save_trace(shared, operation_id, 1, list(status.steps))
         tables.changed("operation", operation_id, row.project_id)
     _follow_domain(row, status)
