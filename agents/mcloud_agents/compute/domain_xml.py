@@ -54,6 +54,8 @@ def build(domain: ResolvedDomain, platform: Platform) -> str:
     system = _add(root, "os")
     machine = {"machine": platform.machine} if platform.machine else {}
     _add(system, "type", "hvm", arch=platform.arch, **machine)
+    _add(system, "smbios", mode="sysinfo")
+    _add_identity(root, spec.uuid)
     features = _add(root, "features")
     _add(features, "acpi")
     _add(features, "apic")
@@ -88,6 +90,22 @@ def _add_cpu(root: ET.Element, platform: Platform) -> None:
     else:
         cpu = _add(root, "cpu", mode="custom", match="exact", check="none")
         _add(cpu, "model", "qemu64", fallback="forbid")
+
+
+def _add_identity(root: ET.Element, uuid: str) -> None:
+    """Tell the firmware's tables what the machine is.
+
+    Stock cloud-init asks the metadata service only where the product is this one.
+    Source: cloud-init, tools/ds-identify, dscheck_OpenStack.
+    """
+    table = _add(_add(root, "sysinfo", type="smbios"), "system")
+    for name, value in (
+        ("manufacturer", "mcloud"),
+        ("product", "OpenStack Compute"),
+        ("uuid", uuid),
+        ("family", "Virtual Machine"),
+    ):
+        _add(table, "entry", value, name=name)
 
 
 def _add_devices(devices: ET.Element, domain: ResolvedDomain) -> None:
