@@ -9,12 +9,18 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
-from mcloud_base import rpc
+from mcloud_base import logs, rpc
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what is seen as expected")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    logs.configure()
+    structlog.configure(cache_logger_on_first_use=False)  # so that tests can look at what is said
 
 
 @pytest.fixture

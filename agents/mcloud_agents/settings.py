@@ -33,35 +33,35 @@ class Settings(BaseSettings):
     # Who and where the host is.
     control_plane: str = ""  # host:port of the public port; what `enrol` was told, if empty
     internal_endpoint: str = ""  # host:port of the internal port; what enrolment answered, if empty
-    internal_endpoints: dict[str, str] = {}  # of services that are elsewhere, by name: "network"
-    name: Name = Field(default_factory=socket.gethostname)
+    internal_endpoints: dict[str, str] = {}  # host:port of services that are elsewhere
+    name: Name = Field(default_factory=socket.gethostname)  # as the control plane lists the host
     underlay_ip: Ip  # at which other hosts reach this one: overlay, volumes, migration
-    underlay_device: str = ""  # carries that address; empty lets the routing table choose
-    physical_networks: dict[str, str] = {"external": "br-ex"}  # bridges of the outside world
+    underlay_device: str = ""  # the interface that has it; empty lets routing choose
+    physical_networks: dict[str, str] = {"external": "br-ex"}  # bridges to the outside world
 
     # Where things are kept.
-    state_dir: Path = Path("/var/lib/mcloud")  # outlives a boot
-    run_dir: Path = Path("/run/mcloud")  # does not; a short path, it holds sockets
+    state_dir: Path = Path("/var/lib/mcloud")  # what outlives a boot
+    run_dir: Path = Path("/run/mcloud")  # what does not; a short path, it holds sockets
     pki_dir: Path = Path("/etc/pki/qemu")  # QEMU's TLS files, written by this agent
-    pki_group: str = ""  # may read them: the group of QEMU's processes, if they are not root's
+    pki_group: str = ""  # that of QEMU's processes, if they are not root's; may read them
 
     # The hypervisor.
-    libvirt_uri: str = "qemu:///system"
+    libvirt_uri: str = "qemu:///system"  # of this host's libvirtd
+    # "auto": KVM where the CPU has it and it opens, else QEMU's emulation.
     hypervisor: Literal["auto", "qemu", "kvm"] = "auto"
-    image_cache_gib: Annotated[int, Field(ge=1)] = 20
-    # Kept for the host itself, never offered.
-    reserved_memory_mib: Annotated[int, Field(ge=0)] = 512
-    reserved_vcpu_count: Annotated[int, Field(ge=0)] = 0
-    reserved_disk_gib: Annotated[int, Field(ge=0)] = 2
+    image_cache_gib: Annotated[int, Field(ge=1)] = 20  # the least recently used images go first
+    reserved_memory_mib: Annotated[int, Field(ge=0)] = 512  # for the host itself, never offered
+    reserved_vcpu_count: Annotated[int, Field(ge=0)] = 0  # the same of CPUs
+    reserved_disk_gib: Annotated[int, Field(ge=0)] = 2  # the same of disk
 
     # Block storage.
     storage_enabled: bool = True  # stores volumes for other hosts and itself
-    nbd_port_first: Port = 10809
-    nbd_port_last: Port = 11832
+    nbd_port_first: Port = 10809  # each volume in use is served at a port of its own
+    nbd_port_last: Port = 11832  # the last of them
 
-    report_interval_s: Annotated[float, Field(gt=0)] = 10.0
-    log_format: Literal["console", "json"] = "console"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    report_interval_s: Annotated[float, Field(gt=0)] = 10.0  # to the scheduler, if nothing changes
+    log_format: Literal["console", "json"] = "console"  # for people, or a line of JSON an event
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # this and what is worse
 
     @model_validator(mode="after")
     def _ports_in_order(self) -> Settings:

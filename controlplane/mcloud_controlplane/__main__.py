@@ -73,7 +73,7 @@ def main(config: Path | None, services: str, state_dir: Path | None) -> None:
             changes["services"] = tuple(services.split(","))
         if state_dir:
             changes["state_dir"] = state_dir
-        settings = Settings.model_validate({**settings.model_dump(), **changes})
+        settings = settings_module.changed(settings, changes)
         logs.configure(settings.log_format)
         tracing.configure(settings.otlp_endpoint)
         asyncio.run(_run(settings))

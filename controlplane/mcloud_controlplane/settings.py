@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state_dir: Path = Path("/var/lib/mcloud/controlplane")  # authority, SQLite files, image store
+    # What this process runs.
     services: tuple[Literal[SERVICES], ...] = SERVICES  # type: ignore[valid-type]
     public_listen: str = "127.0.0.1:7700"  # server TLS, bearer tokens
     internal_listen: str = "127.0.0.1:7701"  # client certificates: hosts and services
@@ -28,21 +30,21 @@ class Settings(BaseModel):
     internal_advertise: str = ""
     # Where services that run elsewhere are, as host:port by service; others are here.
     internal_endpoints: dict[str, str] = Field(default_factory=dict)
-    public_endpoints: dict[str, str] = Field(default_factory=dict)
+    public_endpoints: dict[str, str] = Field(default_factory=dict)  # the same, for clients
     # "sqlite" keeps files in state_dir; otherwise "postgresql://user@host:port/mcloud_{name}".
     database: str = "sqlite"
-    image_store: Path | None = None  # None: state_dir/images
-    token_ttl_s: int = Field(3600, ge=60, le=3600)
+    image_store: Path | None = None  # where images are kept; if not set, images in state_dir
+    token_ttl_s: int = Field(3600, ge=60, le=3600)  # for how long a login is good
     # After which an operation has ended, in an error if need be; most end earlier.
     operation_deadline_s: int = Field(600, ge=10)
     # For how long an operation is left to a process that has fallen silent.
     operation_lease_s: float = Field(15, ge=1)
-    cpu_allocation_ratio: float = Field(4.0, gt=0)
-    memory_allocation_ratio: float = Field(1.0, gt=0)
-    disk_allocation_ratio: float = Field(1.0, gt=0)
+    cpu_allocation_ratio: float = Field(4.0, gt=0)  # virtual CPUs given out for each of a host's
+    memory_allocation_ratio: float = Field(1.0, gt=0)  # the same of memory
+    disk_allocation_ratio: float = Field(1.0, gt=0)  # the same of disk
     underlay_mtu: int = Field(1500, ge=1330, le=65535)  # between hosts; guests get 50 bytes less
-    otlp_endpoint: str = ""  # host:4317; spans of operations go there
-    log_format: Literal["console", "json"] = "console"
+    otlp_endpoint: str = ""  # spans of operations go to this host:port; empty: nowhere
+    log_format: Literal["console", "json"] = "console"  # for people, or a line of JSON an event
 
     def database_url(self, name: str) -> str:
         """Return the URL of a service's database."""
@@ -65,10 +67,26 @@ def load(path: Path | None) -> Settings:
         return Settings.model_validate({})
     try:
         return Settings.model_validate(tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise errors.InvalidArgument("BAD_SETTINGS", f"{path}: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        what = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
-        raise errors.InvalidArgument("BAD_SETTINGS", f"{path}: {key}: {what}") from error
+        raise _bad_settings(str(path), error) from error
+
+
+def changed(settings: Settings, changes: Mapping[str, object]) -> Settings:
+    """Return the settings with some keys changed, as the command line does.
+
+    Raises:
+        errors.InvalidArgument: BAD_SETTINGS, naming the key.
+    """
+    try:
+        return Settings.model_validate({**settings.model_dump(), **changes})
+    except ValidationError as error:
+        raise _bad_settings("the command line", error) from error
+
+
+def _bad_settings(where: str, error: ValidationError) -> errors.InvalidArgument:
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    what = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
+    return errors.InvalidArgument("BAD_SETTINGS", f"{where}: {key}: {what}")

@@ -32,6 +32,11 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "mcloud"
 
+# An error travels in trailing metadata, of which clients take 8 KiB; these parts of it may hold
+# what a caller sent.
+_MESSAGE_BYTES = 1000
+_VALUE_BYTES = 200
+
 
 class Error(Exception):
     """Base of all; never raised itself.
@@ -48,11 +53,12 @@ class Error(Exception):
     def __init__(
         self, reason: str, message: str, *, details: tuple[Message, ...] = (), **metadata: object
     ) -> None:
+        message = _short(message, _MESSAGE_BYTES)
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.details = details
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {key: _short(str(value), _VALUE_BYTES) for key, value in metadata.items()}
 
     def __str__(self) -> str:
         return f"{self.message} ({self.reason})"
@@ -115,6 +121,11 @@ class Internal(Error):
 
 
 _BY_CODE = {kind.code: kind for kind in Error.__subclasses__()}
+
+
+def _short(text: str, limit: int) -> str:
+    raw = text.encode(errors="replace")
+    return text if len(raw) <= limit else raw[: limit - 3].decode(errors="ignore") + "…"
 
 
 def retry_after(seconds: float) -> error_details_pb2.RetryInfo:

@@ -16,6 +16,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -107,9 +108,9 @@ async def _measure(plane: cloud.ControlPlane, host: Host, repeats: int) -> Sampl
         bare = await asyncio.to_thread(Bare, host, model.metadata.name)
         await guests.delete(model)
         for number in range(repeats):
-            turns = [_boot(guests, number, samples), _start_bare(bare, samples)]
+            turns = [partial(_boot, guests, number), partial(_start_bare, bare)]
             for turn in turns if number % 2 else reversed(turns):
-                await turn
+                await turn(samples)
     return samples
 
 
@@ -253,7 +254,9 @@ class Bare:
         name = f"bare-{self._number}"
         root = ElementTree.fromstring(self._model)
         _find(root, "name").text = name
-        _find(root, "uuid").text = str(uuid.uuid4())
+        _find(root, "uuid").text = new = str(uuid.uuid4())
+        for entry in root.iterfind("sysinfo//entry[@name='uuid']"):
+            entry.text = new
         root.remove(_find(root, "metadata"))  # it says that the domain is mcloud's
         nic = _find(root, "devices/interface")
         _find(nic, "mac").set("address", f"52:54:00:00:00:{self._number % 256:02x}")

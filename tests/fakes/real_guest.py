@@ -40,15 +40,16 @@ class Guest:
     address: str
     security_group: security_group_pb2.SecurityGroup
     user: str = "root"
+    patience_s: int = 5  # with one ssh; the next try may be what succeeds
 
-    def ssh(self, command: str, timeout_s: int = 5) -> subprocess.CompletedProcess[str]:
+    def ssh(self, command: str) -> subprocess.CompletedProcess[str]:
         options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes"]
-        options += ["LogLevel=ERROR", f"ConnectTimeout={timeout_s}"]
+        options += ["LogLevel=ERROR", f"ConnectTimeout={self.patience_s}"]
         flags = [part for option in options for part in ("-o", option)]
         return subprocess.run(
             [
                 "timeout",
-                str(timeout_s + 10),
+                str(self.patience_s + 10),
                 "ssh",
                 "-i",
                 str(self.key),
@@ -92,6 +93,7 @@ def boot(
     flavor: flavor_pb2.FlavorSpec,
     user_data: bytes,
     user: str = "root",
+    patience_s: int = 5,
 ) -> Guest:
     """Boot an instance as the quickstart does: key, group, volume, floating address.
 
@@ -152,7 +154,7 @@ def boot(
         floating_ip_pb2.FloatingIp,
     )
     address = floating.status.floating_ip_address
-    return Guest(cloud, key, instance.metadata.id, operation, address, group, user)
+    return Guest(cloud, key, instance.metadata.id, operation, address, group, user, patience_s)
 
 
 def build(program: str, name: str, timeout_s: float) -> Path:

@@ -35,8 +35,6 @@ from mcloud.network.v1 import (
     subnet_service_pb2_grpc,
 )
 from mcloud_base import errors, ids
-from mcloud_controlplane import __main__ as program
-from mcloud_controlplane.settings import Settings
 
 pytestmark = pytest.mark.postgres
 
@@ -107,38 +105,6 @@ async def test_everything_but_the_host_works(cloud: Cloud) -> None:
     )
     operation = await _ended(cloud, await cloud.call(instances.DeleteInstance, delete))
     assert operation.state == Operation.STATE_SUCCEEDED
-
-
-async def test_a_second_control_plane_serves_the_same_databases(
-    cloud: Cloud, database_url: str, free_ports: Any
-) -> None:
-    public, internal = free_ports(2)
-    settings = Settings.model_validate(
-        {
-            "state_dir": cloud.state_dir,
-            "public_listen": f"127.0.0.1:{public}",
-            "internal_listen": f"127.0.0.1:{internal}",
-            "database": database_url,
-        }
-    )
-    runtime = await program.serve(settings)
-    second = Cloud(settings.public_listen, settings.state_dir)
-    try:
-        flavor_id = await _made(
-            second,
-            flavor_service_pb2_grpc.FlavorServiceStub(second.channel).CreateFlavor,
-            flavor_service_pb2.CreateFlavorRequest(
-                name="m1.small",
-                spec=flavor_pb2.FlavorSpec(vcpu_count=1, memory_mib=128, disk_gib=1),
-            ),
-            system=True,
-        )
-        stub = flavor_service_pb2_grpc.FlavorServiceStub(cloud.channel)
-        found = await cloud.call(stub.GetFlavor, flavor_service_pb2.GetFlavorRequest(id=flavor_id))
-        assert found.metadata.name == "m1.small"
-    finally:
-        await second.channel.close()
-        await runtime.stop(0)
 
 
 async def _made(cloud: Cloud, method: Any, request: Any, *, system: bool = False) -> str:

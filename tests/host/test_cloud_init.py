@@ -23,6 +23,7 @@ def test_stock_cloud_init_takes_what_we_tell(
         flavor=flavor_pb2.FlavorSpec(vcpu_count=1, memory_mib=768, disk_gib=4),
         user_data=b"#!/bin/sh\necho told by user data > /told\n",
         user="debian",
+        patience_s=90,  # OpenSSH under emulation takes its time
     )
     assert guest.says("hostname", BOOT_S) == "stack-testvm"
     assert guest.says("cloud-init status --wait | tail -1", BOOT_S) == "status: done"

@@ -182,8 +182,7 @@ class World:
             self.create()
         state = State.Name(self.state().status.state).removeprefix("STATE_")
         if act.second_volume:
-            volumes = {volume.volume_id for volume in self.state().status.volumes}
-            attached = self.cloud.volume_ids[1] in volumes
+            attached = self.has_second_volume()
             if attached != (act.second_volume == "attached"):
                 if state == "ACTIVE":
                     self.run("stop_instance")
@@ -196,6 +195,10 @@ class World:
         found = self.cloud.until(lambda: self.cloud.instance(self.instance_id))
         assert found.status.state != State.STATE_BUILD, found
         return found
+
+    def has_second_volume(self) -> bool:
+        volumes = {volume.volume_id for volume in self.state().status.volumes}
+        return self.cloud.volume_ids[1] in volumes
 
     def require_clean(self, deadline_s: float = 60, *, other_than: str = "") -> None:
         """Nothing is left of any instance but this, and verify finds nothing."""
@@ -267,6 +270,10 @@ def settle(world: World, case: Case) -> str:
         world.require_clean()
     else:
         assert state in ("ACTIVE", "SHUTOFF")
+        if case.workflow.endswith("_volume"):
+            attached = case.workflow == "attach_volume" and case.ends_well
+            # What a detach had to leave undone is done without it.
+            world.cloud.until(lambda: world.has_second_volume() == attached)
         world.require_verified()
     return state
 

@@ -16,6 +16,7 @@ import pytest
 from fakes.host_cloud import HostCloud
 from mcloud.common.v1 import operation_pb2, session_pb2
 from mcloud.conductor.v1 import verify_service_pb2
+from mcloud_agents.compute import domain_xml
 from mcloud_base import ids
 
 pytestmark = [
@@ -30,7 +31,10 @@ Key = tuple[int, str, int]  # kind, subject, kind of artifact
 DOMAIN = """
 <domain type='qemu'>
   <name>planted</name>
-  <metadata>{metadata}</metadata>
+  <metadata>
+    <mcloud:domain xmlns:mcloud='{namespace}' id='{id}' instance-id='{instance}' epoch='{epoch}'
+      generation='1' boot-number='1'/>
+  </metadata>
   <memory unit='MiB'>16</memory>
   <os><type arch='x86_64' machine='pc'>hvm</type></os>
   <devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices>
@@ -194,12 +198,13 @@ def test_a_thing_of_the_network_without_an_owner_is_found(
 def test_a_domain_that_nothing_names_runs_on(scene: Scene) -> None:
     """Through listings, an agent that ends and one that is killed, and a delete beside it."""
     cloud = scene.cloud
-    xml = cloud.host.run("sh", "-c", "virsh dumpxml $(virsh list --name | head -1)")
-    metadata = xml.partition("<metadata>")[2].partition("</metadata>")[0]
-    planted = ids.new("d")
+    ((epoch,),) = scene.sql("compute", "SELECT epoch FROM deployment")
     path = cloud.root / "planted.xml"
-    metadata = metadata.replace(scene.domain_id, planted)
-    path.write_text(DOMAIN.format(metadata=metadata.replace(scene.instance_id, ids.new("i"))))
+    path.write_text(
+        DOMAIN.format(
+            namespace=domain_xml.NAMESPACE, id=ids.new("d"), instance=ids.new("i"), epoch=epoch
+        )
+    )
     cloud.host.run("virsh", "create", str(path))
     (pid,) = cloud.host.run("sh", "-c", "cat /run/libvirt/qemu/planted.pid").split()
     expected = (Finding.KIND_UNKNOWN_ARTIFACT, "planted", Artifact.KIND_DOMAIN)

@@ -238,7 +238,7 @@ def create(
     tables.changed("instance", row.id, project_id, "ADDED")
     if work.validate_only:
         return messages([row])[0]
-    _trace_request(work, moment)
+    _trace_request(work)
     work.start(
         "create_instance",
         json.dumps({"domain_id": ids.new("d")}),
@@ -250,8 +250,8 @@ def create(
 _CREATE_S = 600.0
 
 
-def _trace_request(work: Mutation, recorded: int) -> None:
-    """Save the steps that are done: login (from the token), the request, its authorization."""
+def _trace_request(work: Mutation) -> None:
+    """Save what is done: login (from the token), request, authorization; the conductor ends 4."""
     here, call = socket.gethostname(), work.call
     start, end = work.caller.login
     if start:
@@ -264,7 +264,7 @@ def _trace_request(work: Mutation, recorded: int) -> None:
         3, "authorize", "compute", call.authorize_start_time, call.authorize_end_time, host=here,
         detail="signature, expiry, revocation, role",
     )  # fmt: skip
-    work.step(4, "record, reserve", "compute", call.authorize_end_time, recorded, host=here)
+    work.step(4, "record, reserve", "compute", call.authorize_end_time, None, host=here)
 
 
 def _check_spec(spec: instance_pb2.InstanceSpec) -> None:

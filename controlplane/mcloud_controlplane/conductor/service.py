@@ -113,7 +113,7 @@ def register(runtime: Runtime) -> None:
     neighbours = Neighbours(runtime)
     domains = Domains(opened, neighbours)
     tokens = token_service_pb2_grpc.TokenServiceStub(runtime.channel("identity"))
-    hosts = sessions.Sessions(opened, model.shared, store.DomainSource())
+    hosts = sessions.Sessions(opened, model.shared, store.DomainSource(), types=("domain",))
     runtime.add(
         domain_service_pb2_grpc.add_DomainServiceServicer_to_server, DomainServicer(opened, tokens)
     )

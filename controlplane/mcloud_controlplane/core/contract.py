@@ -63,7 +63,7 @@ def validate(message: Message) -> None:
         raise errors.InvalidArgument(
             "BAD_REQUEST",
             f"{first.field}: {first.description}",
-            details=(error_details_pb2.BadRequest(field_violations=violations[:50]),),
+            details=(error_details_pb2.BadRequest(field_violations=violations[:20]),),
             field=first.field,
         )
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +48,13 @@ class Unit:
     rollback: bool = False
 
 
+@dataclass(frozen=True)
+class _Listener:
+    loop: asyncio.AbstractEventLoop
+    event: asyncio.Event
+    types: frozenset[str]  # empty: all
+
+
 _unit: contextvars.ContextVar[Unit | None] = contextvars.ContextVar("unit", default=None)
 
 
@@ -57,6 +63,11 @@ def unit() -> Unit:
     current = _unit.get()
     assert current is not None, "outside of Database.write"
     return current
+
+
+def changed_types(current: Unit) -> set[str]:
+    """Return the types of the resources that a unit has changed."""
+    return {type_ for type_, *_ in current.changes}
 
 
 def now() -> int:
@@ -96,7 +107,7 @@ class Database:
         self._queue_limit = queue_limit
         self._queued = 0
         self._lock = threading.Lock()
-        self._listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._listeners: set[_Listener] = set()
         self._closed = threading.Event()
         self._follower = threading.Thread(target=self._follow, name=f"{name}-follow", daemon=True)
         self._follower.start()
@@ -170,7 +181,7 @@ class Database:
             for action in current.after_commit:
                 action()
             if current.changes:
-                self._wake()
+                self._wake(changed_types(current))
             return result
         raise AssertionError("unreachable")
 
@@ -200,25 +211,38 @@ class Database:
     # -- wake-ups ------------------------------------------------------------------------------
 
     @contextmanager
-    def listening(self) -> Iterator[asyncio.Event]:
+    def listening(self, *types: str) -> Iterator[asyncio.Event]:
         """Give an event that is set after commits that logged a change, in whatever process.
 
         Wake-ups are hints: whoever waits on it waits with a timeout and looks for itself.
+
+        Args:
+            types: of the resources whose changes matter; none: all. A commit of another process
+                may wake for others, too.
         """
-        entry = (asyncio.get_running_loop(), asyncio.Event())
+        entry = _Listener(asyncio.get_running_loop(), asyncio.Event(), frozenset(types))
         self._listeners.add(entry)
         try:
-            yield entry[1]
+            yield entry.event
         finally:
             self._listeners.discard(entry)
 
-    async def until(self, function: Callable[..., T | None], *args: Any, timeout_s: float) -> T:
+    async def until(
+        self,
+        function: Callable[..., T | None],
+        *args: Any,
+        timeout_s: float,
+        types: Collection[str] = (),
+    ) -> T:
         """Read again after each change until the unit returns something other than None.
+
+        Args:
+            types: as `listening` takes them.
 
         Raises:
             TimeoutError: it did not in time.
         """
-        with self.listening() as event:
+        with self.listening(*types) as event:
             async with asyncio.timeout(timeout_s):
                 while True:
                     event.clear()
@@ -231,18 +255,21 @@ class Database:
                     except TimeoutError:
                         continue
 
-    def _wake(self) -> None:
-        for loop, event in tuple(self._listeners):
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(event.set)
+    def _wake(self, types: Collection[str] = ()) -> None:
+        """Wake who listens for changes of these types; none: everybody."""
+        for listener in tuple(self._listeners):
+            if types and listener.types and listener.types.isdisjoint(types):
+                continue
+            if not listener.loop.is_closed():
+                listener.loop.call_soon_threadsafe(listener.event.set)
 
-    def notify(self) -> None:
-        """Tell other processes, as part of the transaction.
+    def notify(self, types: Collection[str]) -> None:
+        """Tell other processes what types of resources change, as part of the transaction.
 
         SQLite's followers see the commit by themselves.
         """
         if self.is_postgresql:
-            self.execute(f"NOTIFY {_CHANNEL}")
+            self.execute(f"NOTIFY {_CHANNEL}, '{','.join(sorted(types))}'")
 
     def execute(self, sql: str) -> None:
         """Run one statement of SQL that peewee has no words for. Within a unit."""
@@ -256,7 +283,7 @@ class Database:
                     self._follow_postgresql()
                 else:
                     self._follow_sqlite()
-            except (psycopg.Error, sqlite3.Error) as error:
+            except (psycopg.Error, peewee.DatabaseError) as error:
                 if not self._closed.wait(1):
                     log.warning("database follower restarts", error=str(error))
 
@@ -264,21 +291,29 @@ class Database:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"LISTEN {_CHANNEL}")
             while not self._closed.is_set():
-                for _ in connection.notifies(timeout=0.5, stop_after=1):
-                    self._wake()
+                for notice in connection.notifies(timeout=0.5, stop_after=1):
+                    self._wake(notice.payload.split(","))
 
     def _follow_sqlite(self) -> None:
-        """Source: https://www.sqlite.org/pragma.html#pragma_data_version."""
-        connection = sqlite3.connect(urlsplit(self.url).path, check_same_thread=False)
-        try:
-            seen = None
-            while not self._closed.wait(0.05):
-                (version,) = connection.execute("PRAGMA data_version").fetchone()
-                if seen is not None and version != seen:
-                    self._wake()
-                seen = version
-        finally:
-            connection.close()
+        """See the commits of other processes.
+
+        A connection is not told of its own: so the one is asked that all of this process's
+        commits go through. Source: https://www.sqlite.org/pragma.html#pragma_data_version.
+        """
+        seen = None
+        while not self._closed.wait(0.05):
+            try:
+                version = self._writers.submit(self._data_version).result()
+            except (CancelledError, RuntimeError):
+                return  # it closes
+            if seen is not None and version != seen:
+                self._wake()
+            seen = version
+
+    def _data_version(self) -> int:
+        with _connected(self.peewee):
+            cursor: Any = self.peewee.execute_sql("PRAGMA data_version")  # type: ignore[no-untyped-call]
+            return int(cursor.fetchone()[0])
 
     def close(self) -> None:
         """Finish the units that run, drop those that wait, close every connection."""

@@ -26,6 +26,7 @@ Rule = options_pb2.Rule
 
 # Offered to anyone, without a rule of ours.
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+_STATUS_BYTES = 4500  # clients take 8 KiB of trailing metadata, in which it is not all there is
 _CHANGING = (Rule.KIND_MUTATE, Rule.KIND_ISSUE, Rule.KIND_STREAM)
 
 
@@ -186,6 +187,10 @@ async def _refuse(context: auth.Context, error: Exception, path: str) -> NoRetur
     elif isinstance(error, errors.Unavailable | errors.Internal | errors.DataLoss):
         log.warning("rpc refused", method=path, reason=error.reason)
     status = errors.to_status(error)
+    while status.ByteSize() > _STATUS_BYTES and len(status.details) > 1:
+        # The ErrorInfo is the first; of the others, the largest goes.
+        sizes = [detail.ByteSize() for detail in status.details]
+        del status.details[sizes.index(max(sizes[1:]), 1)]
     await context.abort(error.code, error.message, ((rpc.STATUS_KEY, status.SerializeToString()),))
 
 

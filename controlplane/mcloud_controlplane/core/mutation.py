@@ -56,12 +56,12 @@ class Mutation:
         name: str,
         service: str,
         start: int,
-        end: int,
+        end: int | None,
         *,
         host: str = "",
         detail: str = "",
     ) -> None:
-        """Add a row to the trace for what has been done already."""
+        """Add a row to the trace for what has been done already; end None: the workflow ends it."""
         self._steps.append(
             {
                 "number": number,
@@ -69,7 +69,7 @@ class Mutation:
                 "service": service,
                 "host": host,
                 "attempt": 1,
-                "state": "DONE",
+                "state": "RUNNING" if end is None else "DONE",
                 "start_time": start,
                 "end_time": end,
                 "detail": detail,

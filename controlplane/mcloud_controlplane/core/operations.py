@@ -143,7 +143,7 @@ class OperationServicer:
 
     async def _follow(self, caller: auth.Caller, id_: str) -> AsyncIterator[Operation]:
         seen = b""
-        with self._database.listening() as event:
+        with self._database.listening("operation") as event:
             while True:
                 event.clear()
                 operation = await self._database.read(self._get, caller, id_)

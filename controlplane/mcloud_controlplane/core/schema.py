@@ -59,4 +59,4 @@ def open_database(
 def _before_commit(opened: database.Database, shared: tables.Tables, unit: database.Unit) -> None:
     if unit.changes:
         shared.log_changes(unit)
-        opened.notify()
+        opened.notify(database.changed_types(unit))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -50,11 +50,18 @@ class Sessions:
         source: Source,
         *,
         on_hello: Callable[[str, session_pb2.Hello], None] = lambda host, hello: None,
+        types: Collection[str] = (),
     ) -> None:
+        """Make them.
+
+        Args:
+            types: whose changes may change what is desired; none: all.
+        """
         self._database = store
         self._tables = shared
         self._source = source
         self._on_hello = on_hello
+        self._types = (*types, "host") if types else ()  # a newer session changes the host
         self._process = secrets.token_hex(6)
         self._outboxes: dict[str, asyncio.Queue[session_pb2.SessionResponse]] = {}
         self._listings: dict[str, asyncio.Future[session_pb2.Listing]] = {}
@@ -90,20 +97,19 @@ class Sessions:
             asyncio.create_task(guard(lambda: self._send(host, hello, number, epoch, outbox))),
         ]
         ending = asyncio.create_task(ended.wait())
+        getting: asyncio.Task[session_pb2.SessionResponse] | None = None
         try:
             outbox.put_nowait(_lease(number, epoch))
             while True:
                 getting = asyncio.create_task(outbox.get())
                 await asyncio.wait({getting, ending}, return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    yield getting.result()
-                    continue
-                getting.cancel()
-                break
+                if not getting.done():
+                    break
+                yield getting.result()
             if failure:
                 raise failure[0]
         finally:
-            for task in (*tasks, ending):
+            for task in (*tasks, ending, *([getting] if getting else [])):
                 task.cancel()
             if self._outboxes.get(host) is outbox:
                 del self._outboxes[host]
@@ -168,7 +174,7 @@ class Sessions:
         """Send what is desired: all of it first, then whatever is new."""
         sent: dict[str, tuple[int, bool]] = {}
         select = self._source.everything
-        with self._database.listening() as event:
+        with self._database.listening(*self._types) as event:
             while True:
                 event.clear()
                 current, found = await self._database.read(self._look, host, select)

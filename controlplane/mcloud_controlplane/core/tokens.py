@@ -31,6 +31,7 @@ Rule = options_pb2.Rule
 ISSUER = "mcloud"
 _FEED_SILENT_S = 2.0
 _CACHE_SIZE = 10_000
+_KEYS_PAUSE_S = 2.0  # tokens of keys that nobody knows must not make a call each
 
 
 class Identity(Protocol):
@@ -53,6 +54,8 @@ class TokenChecker:
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._keys: dict[str, Ed25519PublicKey] = {}
+        self._keys_time = -_KEYS_PAUSE_S  # monotonic time of reading them
+        self._reading: asyncio.Task[None] | None = None
         self._revoked: dict[str, int] = {}
         self._heard = 0.0  # monotonic time of the feed's last message
         self._cache: OrderedDict[str, _Verified] = OrderedDict()
@@ -62,11 +65,18 @@ class TokenChecker:
         revision, pause = "", 0.1
         while True:
             try:
-                await self._load_keys()
+                await self._read_keys()
                 request = token_service_pb2.WatchRevocationsRequest(from_revision=revision)
+                # From the beginning, the feed says all that matters: what is not in it does not,
+                # or was undone by a restore of identity's database.
+                fresh: dict[str, int] | None = None if revision else {}
                 async for message in rpc.received(self._identity.WatchRevocations(request)):
+                    known = self._revoked if fresh is None else fresh
                     for revocation in message.revocations:
-                        self._revoked[revocation.principal_id] = revocation.epoch
+                        known[revocation.principal_id] = revocation.epoch
+                    if not message.revision:
+                        continue  # the rest follows
+                    self._revoked, fresh = known, None
                     revision, pause = message.revision, 0.1
                     self._heard = time.monotonic()
             except errors.OutOfRange:
@@ -102,8 +112,8 @@ class TokenChecker:
     async def _verify(self, token: str) -> _Verified:
         try:
             key_id = str(jwt.get_unverified_header(token).get("kid", ""))
-            if key_id not in self._keys:
-                await self._load_keys()
+            if key_id not in self._keys and time.monotonic() - self._keys_time >= _KEYS_PAUSE_S:
+                await self._read_keys()
             if key_id not in self._keys:
                 raise _invalid()
             claims = jwt.decode(
@@ -119,6 +129,12 @@ class TokenChecker:
             raise _invalid() from error
         return _Verified(claims, float(claims["exp"]))
 
+    async def _read_keys(self) -> None:
+        """Ask identity for its keys, once for all who wait for them."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._load_keys())
+        await asyncio.shield(self._reading)
+
     async def _load_keys(self) -> None:
         answer = await rpc.call(
             self._identity.ListSigningKeys, token_service_pb2.ListSigningKeysRequest(), timeout_s=3
@@ -126,6 +142,7 @@ class TokenChecker:
         self._keys = {
             key.id: Ed25519PublicKey.from_public_bytes(key.public_key) for key in answer.keys
         }
+        self._keys_time = time.monotonic()
 
     async def _check_by_rpc(self, token: str, mutates: bool) -> None:
         try:

@@ -138,7 +138,7 @@ class Runner:
         """Take and run operations until cancelled; then leave them to others."""
         renewing = asyncio.create_task(self._renew())
         try:
-            with self._database.listening() as event:
+            with self._database.listening("operation") as event:
                 self._event = event
                 while True:
                     event.clear()

@@ -50,7 +50,9 @@ def register(runtime: Runtime) -> None:
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         operations.OperationServicer(database, model.shared),
     )
-    sessions = Sessions(database, model.shared, dataplane_store.Source(), on_hello=_join)
+    sessions = Sessions(
+        database, model.shared, dataplane_store.Source(), on_hello=_join, types=("dataplane",)
+    )
     runtime.add(session_service_pb2_grpc.add_SessionServiceServicer_to_server, sessions)
 
 

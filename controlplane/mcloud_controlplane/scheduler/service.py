@@ -37,11 +37,12 @@ class View:
         self._settings = settings
         self.hosts = Hosts()
         self.loaded = asyncio.Event()
+        self._refreshing = asyncio.Lock()
 
     async def follow(self) -> None:
         """Load all hosts, then what changes, for ever."""
         revision: int | None = None
-        with self._database.listening() as event:
+        with self._database.listening("host") as event:
             while True:
                 event.clear()
                 try:
@@ -58,21 +59,15 @@ class View:
                     continue
 
     async def refresh(self, host_ids: Collection[str] | None) -> None:
-        """Read hosts again; None: all."""
-        records = await self._database.read(store.load_hosts, self._settings, host_ids)
-        self.hosts = self.hosts.update(records)
+        """Read hosts again; None: all. One after the other: what was read later stays."""
+        async with self._refreshing:
+            records = await self._database.read(store.load_hosts, self._settings, host_ids)
+            self.hosts = self.hosts.update(records)
 
     def heard(self, host_id: str) -> None:
         """Note that a host has just reported."""
         if host_id in self.hosts.index:
             self.hosts.report_time[self.hosts.index[host_id]] = database.now()
-
-    def claimed(self, claim: placement_pb2.Claim) -> None:
-        """Take a claim into account at once; the change log brings it again, as a sum."""
-        if claim.host_id in self.hosts.index:
-            number, room = self.hosts.index[claim.host_id], claim.resources
-            self.hosts.claimed[:, number] += (room.vcpu_count, room.memory_mib, room.disk_gib)
-            self.hosts.instance_count[number] += 1
 
 
 @dataclass
@@ -168,7 +163,7 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                 )
             claim = await self._claim_one(request, choice, wait=number > 0)
             if claim is not None:
-                self._view.claimed(claim)
+                await self._view.refresh([claim.host_id])  # for the next decision
                 log.info("host claimed", step=7, instance=request.instance_id, host=claim.host_name)
                 return placement_service_pb2.SelectDestinationsResponse(
                     claim=claim,

@@ -96,9 +96,7 @@ class Client:
     def __init__(self, plane: ControlPlane) -> None:
         self.plane = plane
         authority = plane.authority()
-        self.public = rpc.channel(
-            plane.public, grpc.ssl_channel_credentials(authority.certificate)
-        )
+        self.public = rpc.channel(plane.public, grpc.ssl_channel_credentials(authority.certificate))
         self._opened = [self.public]
         self._tokens: dict[tuple[str, str], rpc.Metadata] = {}
 

@@ -20,7 +20,7 @@ from mcloud_base import ids, rpc
 from mcloud_controlplane.core import pki
 from service.core.cloud import Client, ControlPlane, Rule, new_request, path, rpcs, rule, stub
 
-_EXAMPLES = 1500
+_EXAMPLES = 800
 _OPEN_S = 0.3
 
 _TEXTS = st.sampled_from(
@@ -35,7 +35,7 @@ _TEXTS = st.sampled_from(
         "x" * 1024, "é" * 4096, "x" * 4097, "W10=", "WyJhIiwxLCJiIl0=", "%s%n", "\x7f", "\x85",
     ]
 )  # fmt: skip
-_NUMBERS = [0, 1, -1, 2, 7, 255, 65_535, 65_536, 2**31 - 1, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63)]
+_NUMBERS = [0, 1, -1, 7, 65_535, 65_536, 2**31 - 1, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63)]
 _RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),

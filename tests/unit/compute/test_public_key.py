@@ -1,4 +1,4 @@
-"""Public keys: what ssh-keygen makes is accepted, with its fingerprint; anything else is refused."""
+"""Public keys: what ssh-keygen makes is accepted, with its fingerprint; all else is refused."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def reasons() -> dict[str, set[str]]:
 
 def table() -> str:
     rows = [
-        f"| `{reason}` | {', '.join(sorted(codes))} |" for reason, codes in sorted(reasons().items())
+        f"| `{reason}` | {', '.join(sorted(codes))} |"
+        for reason, codes in sorted(reasons().items())
     ]
     return "\n".join(["| reason | code |", "|---|---|", *rows]) + "\n"
 

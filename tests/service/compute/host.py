@@ -1,0 +1,150 @@
+"""A host that reports room and answers for its domains when the test says so; it runs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+from mcloud.common.v1 import session_pb2
+from mcloud.compute.v1 import host_service_pb2, host_service_pb2_grpc
+from mcloud.conductor.v1 import domain_pb2, domain_service_pb2_grpc
+from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc
+from mcloud_base import ids, rpc
+from service.core.cloud import Client
+
+_State = domain_pb2.DomainStatus
+_REPORT_S = 5.0
+
+
+class Host:
+    """Use `async with`. `desired` is what the conductor wants of each domain, at its newest."""
+
+    def __init__(self, client: Client, name: str, **room: int) -> None:
+        self._client = client
+        self.id = ids.new("h")
+        self.name = name
+        self.desired: dict[str, session_pb2.Desired] = {}
+        self.willing = True  # tombstones are answered at once
+        self._room = {"vcpu_count": 4, "memory_mib": 4096, "disk_gib": 40, **room}
+        self._channel = client.as_host(self.id)
+        self._out: asyncio.Queue[session_pb2.SessionRequest] = asyncio.Queue()
+        self._changed = asyncio.Condition()
+        self._reported, self._again = asyncio.Event(), asyncio.Event()
+        self._sequence = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Host:
+        self._tasks = [asyncio.create_task(self._report()), asyncio.create_task(self._serve())]
+        async with asyncio.timeout(30):
+            await self._reported.wait()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.disable()  # it counts as alive for a while, and the next test has its own
+
+    async def disable(self, disabled: bool = True) -> None:
+        request = host_service_pb2.UpdateHostRequest(request_id=ids.request_id(), id=self.id)
+        request.spec.disabled = disabled
+        request.update_mask.paths.append("spec.disabled")
+        hosts = host_service_pb2_grpc.HostServiceStub(self._client.public)
+        await rpc.call(hosts.UpdateHost, request, metadata=await self._client.login())
+
+    async def wanted(
+        self, instance_id: str = "", *, absent: bool = False, generation: int = 1
+    ) -> session_pb2.Desired:
+        """Wait until a domain (or any domain's absence) is desired, at this generation or later."""
+
+        def found() -> list[session_pb2.Desired]:
+            return [
+                each
+                for each in self.desired.values()
+                if each.absent == absent
+                and each.generation >= generation
+                and (absent or _instance(each) == instance_id)
+            ]
+
+        async with asyncio.timeout(60), self._changed:
+            await self._changed.wait_for(found)
+            return found()[0]
+
+    def observe(self, desired: session_pb2.Desired, state: Any, **values: Any) -> None:
+        """Say that a domain is as desired, in a state."""
+        self._sequence += 1
+        observed = session_pb2.Observed(
+            id=desired.id, epoch=desired.epoch, generation=desired.generation,
+            sequence=self._sequence, absent=desired.absent, **values,
+        )  # fmt: skip
+        observed.status.Pack(domain_pb2.DomainStatus(state=state))
+        self._out.put_nowait(session_pb2.SessionRequest(observed=observed))
+
+    def run(self, desired: session_pb2.Desired) -> None:
+        self.observe(desired, _State.STATE_RUNNING)
+
+    def shut_off(self, desired: session_pb2.Desired) -> None:
+        self.observe(desired, _State.STATE_SHUTOFF)
+
+    def remove(self, desired: session_pb2.Desired) -> None:
+        self.observe(desired, _State.STATE_ABSENT)
+
+    async def report_once(self) -> None:
+        """Begin a stream of reports, and end it after the first."""
+        stub = placement_service_pb2_grpc.HostReportServiceStub(self._channel)
+        async for _ in rpc.received(stub.ReportHost(iter([self._facts(1)]))):
+            pass
+
+    async def reported(self) -> None:
+        """Await the end of the stream of reports.
+
+        Raises:
+            errors.Error: why it was ended.
+        """
+        self._again.set()
+        await self._tasks[0]
+
+    def _facts(self, sequence: int) -> placement_service_pb2.ReportHostRequest:
+        return placement_service_pb2.ReportHostRequest(
+            incarnation=sequence // 100 + 1, sequence=sequence, name=self.name, cpu_arch="x86_64",
+            underlay_ip="127.0.0.1", total=placement_pb2.Resources(**self._room),
+        )  # fmt: skip
+
+    async def _report(self) -> None:
+        stub = placement_service_pb2_grpc.HostReportServiceStub(self._channel)
+
+        async def reports() -> AsyncIterator[placement_service_pb2.ReportHostRequest]:
+            for sequence in itertools.count(1):
+                yield self._facts(sequence)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._again.wait(), _REPORT_S)
+
+        async for _ in rpc.received(stub.ReportHost(reports())):
+            self._reported.set()
+
+    async def _serve(self) -> None:
+        hello = session_pb2.Hello(incarnation=1, boot_id="b", agent_version="test")
+        self._out.put_nowait(session_pb2.SessionRequest(hello=hello))
+
+        async def requests() -> AsyncIterator[session_pb2.SessionRequest]:
+            while True:
+                yield await self._out.get()
+
+        stub = domain_service_pb2_grpc.SessionServiceStub(self._channel)
+        async for message in rpc.received(stub.OpenSession(requests())):
+            if message.WhichOneof("message") != "desired":
+                continue
+            async with self._changed:
+                self.desired[message.desired.id] = message.desired
+                self._changed.notify_all()
+            if message.desired.absent and self.willing:
+                self.remove(message.desired)
+
+
+def _instance(desired: session_pb2.Desired) -> str:
+    spec = domain_pb2.DomainDesired()
+    desired.spec.Unpack(spec)
+    return spec.instance_id

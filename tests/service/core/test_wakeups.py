@@ -1,0 +1,62 @@
+"""Who waits for changes is woken by those that matter to it, and by other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import peewee
+import pytest
+
+from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
+from mcloud_controlplane.core import schema, tables
+from mcloud_controlplane.core.database import Database
+
+_PROXY = peewee.DatabaseProxy()
+_SHARED = tables.bind(_PROXY)
+_ELSEWHERE = """
+import sys, peewee
+from mcloud_controlplane.core import schema, tables
+proxy = peewee.DatabaseProxy()
+opened = schema.open_database(sys.argv[1], proxy, tables.bind(proxy), [], version=1)
+opened.write_now(tables.changed, sys.argv[2], "x-1", "")
+opened.close()
+"""
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite://{tmp_path}/wakeups.db"
+    return str(request.getfixturevalue("postgresql_url")).replace("{name}", "compute")
+
+
+@pytest.fixture
+def opened(url: str) -> Iterator[Database]:
+    database = schema.open_database(url, _PROXY, _SHARED, [], version=1)
+    yield database
+    database.close()
+
+
+async def test_only_changes_of_the_wanted_types_wake(opened: Database) -> None:
+    with opened.listening("host") as host, opened.listening() as everything:
+        await opened.write(tables.changed, "operation", "op-1", "")
+        async with asyncio.timeout(10):
+            await everything.wait()
+        with pytest.raises(TimeoutError):  # nor does its own commit come back as another's
+            async with asyncio.timeout(0.5):
+                await host.wait()
+        await opened.write(tables.changed, "host", "h-1", "")
+        async with asyncio.timeout(10):
+            await host.wait()
+
+
+async def test_another_processs_commit_wakes(opened: Database, url: str) -> None:
+    with opened.listening("host") as host:
+        command = [sys.executable, "-c", _ELSEWHERE, url, "host"]
+        await asyncio.to_thread(subprocess.run, command, check=True, timeout=60)
+        async with asyncio.timeout(10):
+            await host.wait()
