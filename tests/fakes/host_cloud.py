@@ -33,9 +33,11 @@ T = TypeVar("T")
 Operation = operation_pb2.Operation
 
 TESTS = Path(__file__).parents[1]
-UNDERLAY = "10.96.231"
-EXTERNAL = "172.25.231.0/24"
-PREFIX = "crs"
+# Of this process alone, so that several runs of the tests may share a machine.
+_NUMBER = os.getpid() % 250 + 1
+UNDERLAY = f"10.96.{_NUMBER}"
+EXTERNAL = f"172.25.{_NUMBER}.0/24"
+PREFIX = f"crs{_NUMBER}"
 ENDED = (Operation.STATE_SUCCEEDED, Operation.STATE_FAILED, Operation.STATE_CANCELLED)
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
