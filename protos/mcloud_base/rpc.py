@@ -30,6 +30,10 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
 # google.rpc.Status of a failed call, in its trailing metadata.
 STATUS_KEY = "grpc-status-details-bin"
 
+# What grpc.aio's client says where a message cannot be sent because the server has just ended the
+# call; what the server said is lost with it.
+_TORN = "Internal error from Core"
+
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -118,4 +122,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.Error:
             return errors.from_status(status_pb2.Status.FromString(value))
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = error.details() if hasattr(error, "details") else str(error)
+    if code is grpc.StatusCode.INTERNAL and text == _TORN:
+        return errors.Unavailable(
+            "STREAM_BROKEN", "the server ended the call while it was sent a message; try again"
+        )
     return errors.from_status(status_pb2.Status(code=code.value[0], message=text or code.name))

@@ -300,6 +300,11 @@ def until_hanging(world: World, operation: Operation) -> None:
     world.cloud.until(look)
 
 
+def cancel(world: World, operation: Operation) -> None:
+    request = operation_pb2.CancelOperationRequest(id=operation.id)
+    world.cloud.mutate("compute.OperationService/CancelOperation", request)
+
+
 @pytest.mark.parametrize("workflow", ["create_instance", "attach_volume", "reboot_instance"])
 def test_a_delete_preempts(world: World, workflow: str, request: pytest.FixtureRequest) -> None:
     world.prepare(workflow)
@@ -308,6 +313,8 @@ def test_a_delete_preempts(world: World, workflow: str, request: pytest.FixtureR
     until_hanging(world, preempted)
 
     deleting = world.begin("delete_instance")
+    with pytest.raises(errors.WrongState, match="OPERATION_NOT_CANCELLABLE"):
+        cancel(world, deleting)
     world.cloud.agent_plan.arm()
 
     assert world.cloud.ended(preempted).state == Operation.STATE_CANCELLED
@@ -323,8 +330,7 @@ def test_a_cancelled_create_says_so(world: World, request: pytest.FixtureRequest
     operation = world.begin("create_instance")
     until_hanging(world, operation)
 
-    cancel = operation_pb2.CancelOperationRequest(id=operation.id)
-    world.cloud.mutate("compute.OperationService/CancelOperation", cancel)
+    cancel(world, operation)
 
     assert world.cloud.ended(operation).state == Operation.STATE_CANCELLED
     assert world.state().status.fault.reason == "OPERATION_CANCELLED"

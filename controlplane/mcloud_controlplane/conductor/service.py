@@ -16,7 +16,7 @@ from mcloud.conductor.v1 import (
 from mcloud.identity.v1 import token_service_pb2, token_service_pb2_grpc
 from mcloud_base import rpc
 from mcloud_controlplane.compute import model
-from mcloud_controlplane.conductor import store
+from mcloud_controlplane.conductor import domain_view, store
 from mcloud_controlplane.conductor.change_power import ChangePower
 from mcloud_controlplane.conductor.change_volume import ChangeVolume
 from mcloud_controlplane.conductor.create_instance import CreateInstance
@@ -85,13 +85,13 @@ class DomainServicer(domain_service_pb2_grpc.DomainServiceServicer):
         self, request: domain_service_pb2.GetDomainRequest, context: Context
     ) -> domain_pb2.Domain:
         """Return one."""
-        return await self._database.read(store.get_message, request.id)
+        return await self._database.read(domain_view.get_message, request.id)
 
     async def ListDomains(
         self, request: domain_service_pb2.ListDomainsRequest, context: Context
     ) -> domain_service_pb2.ListDomainsResponse:
         """Return a page."""
-        return await self._database.read(store.list_page, auth.caller(), request)
+        return await self._database.read(domain_view.list_page, auth.caller(), request)
 
 
 def workflows_of_instances(

@@ -15,6 +15,8 @@ from mcloud_controlplane.core import auth, contract, convert, database, listing,
 
 Operation = operation_pb2.Operation
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+# Workflows of these names only go forward: what they delete is gone for its owner already.
+_FORWARD = "delete_"
 _POLL_S = 2.0  # the net under the wake-ups
 
 
@@ -30,7 +32,10 @@ def message(row: Any, steps: Sequence[Any]) -> Operation:
         caller_id=row.principal_id,
         request_id=row.request_id,
         state=contract.enum_value(row.state, Operation.State),
-        cancellable=bool(row.workflow) and row.state == "RUNNING" and not row.cancel_requested,
+        cancellable=bool(row.workflow)
+        and not row.workflow.startswith(_FORWARD)
+        and row.state == "RUNNING"
+        and not row.cancel_requested,
         steps=[_step(step) for step in steps],
         create_time=convert.timestamp(row.create_time),
         trace_id=row.trace_id,
@@ -204,12 +209,19 @@ class OperationServicer:
         table = self._tables.operation
         cancelled = (
             table.update(cancel_requested=True, not_before=0)
-            .where((table.id == request.id) & (table.state == "RUNNING") & (table.workflow != ""))
+            .where(
+                (table.id == request.id)
+                & (table.state == "RUNNING")
+                & (table.workflow != "")
+                & ~table.workflow.startswith(_FORWARD)
+            )
             .execute()
         )
         if not cancelled:
             raise errors.WrongState(
-                "OPERATION_NOT_CANCELLABLE", f"operation {request.id} has ended", id=request.id
+                "OPERATION_NOT_CANCELLABLE",
+                f"operation {request.id} has ended, or deletes",
+                id=request.id,
             )
         if request.validate_only:
             database.unit().rollback = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +15,7 @@ from mcloud_base import ids, rpc
 from service.core.cloud import Client
 
 _State = domain_pb2.DomainStatus
-_REPORT_S = 5.0
+_REPORT_S = 4.0
 
 
 class Host:
@@ -32,7 +31,7 @@ class Host:
         self._channel = client.as_host(self.id)
         self._out: asyncio.Queue[session_pb2.SessionRequest] = asyncio.Queue()
         self._changed = asyncio.Condition()
-        self._reported, self._again = asyncio.Event(), asyncio.Event()
+        self._reported = asyncio.Event()
         self._sequence = 0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -104,12 +103,11 @@ class Host:
         Raises:
             errors.Error: why it was ended.
         """
-        self._again.set()
         await self._tasks[0]
 
     def _facts(self, sequence: int) -> placement_service_pb2.ReportHostRequest:
         return placement_service_pb2.ReportHostRequest(
-            incarnation=sequence // 100 + 1, sequence=sequence, name=self.name, cpu_arch="x86_64",
+            incarnation=1, sequence=sequence, name=self.name, cpu_arch="x86_64",
             underlay_ip="127.0.0.1", total=placement_pb2.Resources(**self._room),
         )  # fmt: skip
 
@@ -119,8 +117,7 @@ class Host:
         async def reports() -> AsyncIterator[placement_service_pb2.ReportHostRequest]:
             for sequence in itertools.count(1):
                 yield self._facts(sequence)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._again.wait(), _REPORT_S)
+                await asyncio.sleep(_REPORT_S)  # as hosts do
 
         async for _ in rpc.received(stub.ReportHost(reports())):
             self._reported.set()

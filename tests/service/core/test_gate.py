@@ -69,9 +69,8 @@ async def ask(who: Who, method: descriptor.MethodDescriptor) -> str:
     except errors.DeadlineExceeded:
         return ""
     except errors.Error as error:
-        if error.message == "Internal error from Core":
-            # grpc.aio's client, where the status comes while it still sends its first message.
-            return await ask(who, method)
+        if error.reason == "STREAM_BROKEN":
+            return await ask(who, method)  # what it was refused for is lost
         if isinstance(error, errors.Internal):
             return str(error)
         return error.reason if error.reason in _REFUSALS else ""

@@ -215,7 +215,7 @@ async def test_no_request_is_an_internal_error(caller: Caller) -> None:
     ordered = dict(seen.most_common())
     print(f"hostile: {seen.total()} requests to {len(methods)} rpcs: {ordered}")  # noqa: T201
     assert wrong == []
-    assert len(methods) > len(walk) * 0.9
+    assert len(methods) > len(walk) * 0.8
     assert seen["OK"] > _EXAMPLES / 10
 
 

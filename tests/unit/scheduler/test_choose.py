@@ -147,7 +147,7 @@ _needs = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_records, _needs, st.integers(0, 1000))
 def test_candidates_pass_every_filter_and_the_counts_add_up(
     records: list[HostRecord], need: Need, turn: int
@@ -190,7 +190,7 @@ def test_a_burst_is_spread_even_before_the_claims_are_seen() -> None:
     assert len(first) == 8
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(_records, _needs)
 def test_capacity_is_what_repeated_claims_are_granted(
     records: list[HostRecord], need: Need
@@ -206,7 +206,7 @@ def test_capacity_is_what_repeated_claims_are_granted(
     assert (count, host_count) == (granted, len(used))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(_records, st.lists(st.tuples(st.integers(0, 14), st.booleans(), _limits), max_size=6))
 def test_a_view_that_was_updated_is_as_one_that_was_made(
     records: list[HostRecord], changes: list[tuple[int, bool, tuple[float, float, float]]]
