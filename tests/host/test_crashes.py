@@ -368,7 +368,7 @@ def test_what_a_silent_host_has_of_a_failed_create_is_held(world: World) -> None
 
     assert errors.from_status(operation.error).reason == "HOST_SILENT"
     late = operation.end_time.ToMicroseconds() - operation.deadline.ToMicroseconds()
-    assert late < 10e6
+    assert late < 60e6  # it ended because of its deadline, not whenever
     instance = world.state()
     assert instance.status.state == State.STATE_ERROR
     assert "held until" in instance.status.fault.message

@@ -179,7 +179,7 @@ def _lay_out(
     asked = _asked_pools(network, spec, gateway)
     pools = asked or _without([(first, last)], gateway)
     service = None
-    if with_service:
+    if with_service and pools:
         free = [(first, last)] if not asked else _complement(asked, first, last)
         free = _without(free, gateway)
         service = free[0][0] if free else pools[0][0]

@@ -16,9 +16,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mcloud.common.v1 import operation_pb2, options_pb2
+from mcloud.network.v1 import (
+    network_service_pb2,
+    network_service_pb2_grpc,
+    subnet_service_pb2,
+    subnet_service_pb2_grpc,
+)
 from mcloud_base import ids, rpc
 from mcloud_controlplane.core import pki
-from service.core.cloud import Client, ControlPlane, Rule, new_request, path, rpcs, rule, stub
+from service.core.cloud import (
+    Client,
+    ControlPlane,
+    Rule,
+    new_request,
+    path,
+    refused,
+    rpcs,
+    rule,
+    stub,
+)
 
 _EXAMPLES = 800
 _OPEN_S = 0.3
@@ -217,6 +233,22 @@ async def test_no_request_is_an_internal_error(caller: Caller) -> None:
     assert wrong == []
     assert len(methods) > len(walk) * 0.8
     assert seen["OK"] > _EXAMPLES / 10
+
+
+@pytest.mark.parametrize("cidr", ["10.9.0.0/32", "10.9.0.0/31", "fd00:9::/128"])
+async def test_a_subnet_of_no_address(client: Client, cidr: str) -> None:
+    """Found by the test above."""
+    who = await client.login(project="default")
+    networks = network_service_pb2.CreateNetworkRequest(request_id=ids.request_id(), name=cidr)
+    networks.spec.SetInParent()
+    stubs = network_service_pb2_grpc.NetworkServiceStub(client.public)
+    network = await rpc.call(stubs.CreateNetwork, networks, metadata=who)
+    request = subnet_service_pb2.CreateSubnetRequest(request_id=ids.request_id(), name="s")
+    request.spec.network_id, request.spec.cidr = network.resource.id, cidr
+    subnets = subnet_service_pb2_grpc.SubnetServiceStub(client.public)
+    error = await refused(rpc.call(subnets.CreateSubnet, request, metadata=who))
+    assert error.reason == "BAD_FIELD"
+    assert error.metadata["field"] == "spec.cidr"
 
 
 def _callable(method: descriptor.MethodDescriptor) -> bool:
