@@ -31,7 +31,7 @@ Rule = options_pb2.Rule
 ISSUER = "mcloud"
 _FEED_SILENT_S = 2.0
 _CACHE_SIZE = 10_000
-_KEYS_PAUSE_S = 2.0  # tokens of keys that nobody knows must not make a call each
+_KEYS_PAUSE_S = 2.0  # between two readings of identity's keys
 
 
 class Identity(Protocol):
@@ -112,8 +112,8 @@ class TokenChecker:
     async def _verify(self, token: str) -> _Verified:
         try:
             key_id = str(jwt.get_unverified_header(token).get("kid", ""))
-            if key_id not in self._keys and time.monotonic() - self._keys_time >= _KEYS_PAUSE_S:
-                await self._read_keys()
+            if key_id not in self._keys:
+                await self._read_keys(pause_s=_KEYS_PAUSE_S)
             if key_id not in self._keys:
                 raise _invalid()
             claims = jwt.decode(
@@ -129,13 +129,18 @@ class TokenChecker:
             raise _invalid() from error
         return _Verified(claims, float(claims["exp"]))
 
-    async def _read_keys(self) -> None:
-        """Ask identity for its keys, once for all who wait for them."""
+    async def _read_keys(self, *, pause_s: float = 0) -> None:
+        """Ask identity for its keys, once for all who wait for them.
+
+        With a pause since the last time: a key may have been made just after it, so whoever has
+        a token of one waits; and tokens of keys that nobody knows cannot make a call each.
+        """
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._load_keys())
+            self._reading = asyncio.create_task(self._load_keys(pause_s))
         await asyncio.shield(self._reading)
 
-    async def _load_keys(self) -> None:
+    async def _load_keys(self, pause_s: float) -> None:
+        await asyncio.sleep(max(self._keys_time + pause_s - time.monotonic(), 0))
         answer = await rpc.call(
             self._identity.ListSigningKeys, token_service_pb2.ListSigningKeysRequest(), timeout_s=3
         )
