@@ -338,7 +338,7 @@ def test_a_cancelled_create_says_so(world: World, request: pytest.FixtureRequest
     world.require_clean()
 
 
-DEADLINE_S = 20
+DEADLINE_S = 40
 
 
 @contextmanager
