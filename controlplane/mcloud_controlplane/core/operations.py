@@ -203,9 +203,7 @@ class OperationServicer:
     def _cancel(
         self, caller: auth.Caller, request: operation_pb2.CancelOperationRequest
     ) -> Operation:
-        operation = self._get(caller, request.id)
-        if operation.state in (Operation.STATE_CANCELLED, Operation.STATE_UNDOING):
-            return operation
+        before = self._get(caller, request.id)
         table = self._tables.operation
         cancelled = (
             table.update(cancel_requested=True, not_before=0)
@@ -217,7 +215,10 @@ class OperationServicer:
             )
             .execute()
         )
+        operation = get(self._tables, request.id)
         if not cancelled:
+            if operation.state in (Operation.STATE_CANCELLED, Operation.STATE_UNDOING):
+                return operation
             raise errors.WrongState(
                 "OPERATION_NOT_CANCELLABLE",
                 f"operation {request.id} has ended, or deletes",
@@ -225,6 +226,6 @@ class OperationServicer:
             )
         if request.validate_only:
             database.unit().rollback = True
-            return operation
+            return before
         tables.changed("operation", request.id, operation.project_id)
-        return get(self._tables, request.id)
+        return operation

@@ -242,7 +242,7 @@ async def test_what_hinders_the_storing_host_is_told(
     storage.failure = errors.Exhausted("NO_FREE_PORT", "every port is taken")
 
     refusal = await refused(
-        cloud.connect(cloud.host(), project, attachment_id, ids.new("d"), timeout_s=2)
+        cloud.connect(cloud.host(), project, attachment_id, ids.new("d"), timeout_s=10)
     )
 
     assert refusal.reason == "STORAGE_HOST_FAILED"

@@ -12,23 +12,38 @@ from mcloud_base import errors
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ("protos/mcloud_base", "controlplane", "agents", "cli")
 BEGIN = "<!-- reasons: kept by tests/unit/docs/test_errors.py --update-golden -->\n"
-KINDS = {kind.__name__: kind for kind in errors.Error.__subclasses__()}
+
+
+def sources() -> list[ast.Module]:
+    """Return every module of ours, parsed."""
+    files = (path for source in SOURCES for path in sorted((ROOT / source).rglob("*.py")))
+    return [ast.parse(path.read_text()) for path in files if "_pb2" not in path.name]
+
+
+def kinds(modules: list[ast.Module]) -> dict[str, str]:
+    """Return the gRPC code of each class of error: the base's, and those derived anywhere."""
+    codes = {kind.__name__: kind.code.name for kind in errors.Error.__subclasses__()}
+    for module in modules:
+        for node in ast.walk(module):
+            if isinstance(node, ast.ClassDef):
+                bases = {getattr(base, "attr", getattr(base, "id", "")) for base in node.bases}
+                codes.update({node.name: codes[base] for base in bases & codes.keys()})
+    return codes
 
 
 def reasons() -> dict[str, set[str]]:
     """Return the gRPC codes of each reason, from the calls that make errors."""
+    modules = sources()
+    codes = kinds(modules)
     found: dict[str, set[str]] = {}
-    for source in SOURCES:
-        for path in (ROOT / source).rglob("*.py"):
-            if "_pb2" in path.name:
+    for module in modules:
+        for node in ast.walk(module):
+            if not isinstance(node, ast.Call) or not node.args:
                 continue
-            for node in ast.walk(ast.parse(path.read_text())):
-                if not isinstance(node, ast.Call) or not node.args:
-                    continue
-                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                first = node.args[0]
-                if name in KINDS and isinstance(first, ast.Constant):
-                    found.setdefault(str(first.value), set()).add(KINDS[name].code.name)
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            first = node.args[0]
+            if name in codes and isinstance(first, ast.Constant):
+                found.setdefault(str(first.value), set()).add(codes[name])
     return found
 
 
