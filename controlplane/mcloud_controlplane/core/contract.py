@@ -27,6 +27,7 @@ Check = Callable[[Any], str]  # of one value: what is wrong with it, or ""
 _NAME = re.compile(r"\S(.*\S)?", re.DOTALL)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _STRING_LIMIT = 4096  # where the contract says nothing
+_MAP_LIMIT = 16_384  # so that a page of what carries labels fits in a message
 MASK = "***"
 
 
@@ -45,6 +46,13 @@ def method(path: str) -> descriptor.MethodDescriptor | None:
 def rule(of: descriptor.MethodDescriptor) -> options_pb2.Rule:
     """Return the policy of an rpc."""
     return of.GetOptions().Extensions[options_pb2.rule]
+
+
+@cache
+def stays(of: descriptor.MethodDescriptor) -> bool:
+    """Tell whether a call may last: it is a stream, or says for how long it waits."""
+    waits = of.input_type.fields_by_name.get("timeout")
+    return of.client_streaming or of.server_streaming or waits is not None
 
 
 def validate(message: Message) -> None:
@@ -150,6 +158,9 @@ def _map_violations(
     if rules.HasField("max_items") and len(value) > rules.max_items:
         yield path, f"has {len(value)} entries; at most {rules.max_items}"
         return
+    if sum(len(key) + len(str(item)) for key, item in value.items()) > _MAP_LIMIT:
+        yield path, f"keys and values have at most {_MAP_LIMIT} characters together"
+        return
     for key, item in value.items():
         if not 1 <= len(key) <= 255 or not key.isprintable():
             yield path, "keys are 1 to 255 printable characters"
@@ -186,6 +197,9 @@ def _checks(field: descriptor.FieldDescriptor, rules: options_pb2.FieldRules) ->
         yield lambda value: "" if value in known else "must be one of the known values"
     if field.cpp_type == field.CPPTYPE_STRING:
         yield from _string_checks(field, rules)
+    elif rules.pattern:
+        number = re.compile(rules.pattern)
+        yield lambda value: "" if number.fullmatch(str(value)) else f"must match {rules.pattern}"
     if rules.HasField("min"):
         yield lambda value: "" if value >= rules.min else f"must be at least {rules.min}"
     if rules.HasField("max"):

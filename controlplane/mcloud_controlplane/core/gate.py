@@ -1,4 +1,4 @@
-"""The interceptor in front of every rpc: who calls, may they, is the request sound; errors by type.
+"""The interceptor in front of every rpc: who calls, may they, is it sound, is there a place for it.
 
 Everything it enforces stands in the contract's options; a method reads as what it does.
 """
@@ -9,16 +9,18 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import structlog
 from google.protobuf import descriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from mcloud.common.v1 import options_pb2
 from mcloud_base import errors, rpc
-from mcloud_controlplane.core import auth, contract, database, tokens
+from mcloud_controlplane.core import admission, auth, contract, database, slow_reader, tokens
 
 log = structlog.get_logger()
 
@@ -27,7 +29,16 @@ Rule = options_pb2.Rule
 # Offered to anyone, without a rule of ours.
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 _STATUS_BYTES = 4500  # clients take 8 KiB of trailing metadata, in which it is not all there is
+_NOBODY = auth.Caller(kind=Rule.CALLER_ANYONE)
 _CHANGING = (Rule.KIND_MUTATE, Rule.KIND_ISSUE, Rule.KIND_STREAM)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a call may take. Seconds."""
+
+    default_deadline_s: float = 60.0  # of a call that comes without one
+    slow_reader_s: float = 30.0  # for a stream's client to take a message
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -37,12 +48,21 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         checker: of bearer tokens.
         internal: the port asks for client certificates.
         is_revoked: tells whether a certificate's serial has been revoked.
+        places: of this process, for both its ports.
     """
 
     def __init__(
-        self, checker: tokens.TokenChecker, *, internal: bool, is_revoked: Callable[[str], bool]
+        self,
+        checker: tokens.TokenChecker,
+        *,
+        internal: bool,
+        is_revoked: Callable[[str], bool],
+        places: admission.Admission,
+        limits: Limits,
     ) -> None:
         self._checker = checker
+        self._places = places
+        self._limits = limits
         self._internal = internal
         self._is_revoked = is_revoked
 
@@ -53,27 +73,47 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         """Wrap the method's handler."""
         handler = await continuation(details)
-        if handler is None or details.method.startswith(_OPEN):
+        if handler is None:
             return handler
+        if details.method.startswith(_OPEN):
+            return self._bounded(handler) if handler.response_streaming else handler
         method = contract.method(details.method)
         if method is None:
             return handler
         return self._guarded(handler, method, details.method.lstrip("/"))
 
+    def _bounded(self, handler: Any) -> Any:
+        """Bound the streams of what is offered to anyone: health, reflection."""
+
+        async def stream(request: Any, context: auth.Context) -> AsyncIterator[Any]:
+            serve = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            try:
+                async with self._places.place(_NOBODY, context.peer(), stays=True):
+                    async for answer in self._read(serve(request, context), context, "open"):
+                        yield answer
+            except errors.Error as error:
+                await _refuse(context, error, "open")
+
+        return _HANDLERS[handler.request_streaming, True](
+            stream,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
     def _guarded(self, handler: Any, method: descriptor.MethodDescriptor, path: str) -> Any:
         rule = contract.rule(method)
-
-        async def enter(context: auth.Context) -> None:
-            await self._enter(context, rule, path)
+        stays = contract.stays(method)
 
         async def unary(request: Any, context: auth.Context) -> Any:
             try:
-                await enter(context)
-                if handler.request_streaming:
-                    answer = await handler.stream_unary(_validated(request), context)
-                else:
-                    contract.validate(request)
-                    answer = await handler.unary_unary(request, context)
+                await self._enter(context, rule, path)
+                if not handler.request_streaming:
+                    self._check(request)
+                async with self._worked_on(context, stays=stays):
+                    if handler.request_streaming:
+                        answer = await handler.stream_unary(self._checked(request), context)
+                    else:
+                        answer = await handler.unary_unary(request, context)
                 if auth.call().trailing:
                     context.set_trailing_metadata(tuple(auth.call().trailing))
                 return answer
@@ -82,14 +122,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def stream(request: Any, context: auth.Context) -> AsyncIterator[Any]:
             try:
-                await enter(context)
-                if handler.request_streaming:
-                    answers = handler.stream_stream(_validated(request), context)
-                else:
-                    contract.validate(request)
-                    answers = handler.unary_stream(request, context)
-                async for answer in answers:
-                    yield answer
+                await self._enter(context, rule, path)
+                if not handler.request_streaming:
+                    self._check(request)
+                async with self._worked_on(context, stays=True):
+                    if handler.request_streaming:
+                        answers = handler.stream_stream(self._checked(request), context)
+                    else:
+                        answers = handler.unary_stream(request, context)
+                    async for answer in self._read(answers, context, path):
+                        yield answer
                 if auth.call().trailing:
                     context.set_trailing_metadata(tuple(auth.call().trailing))
             except Exception as error:
@@ -97,9 +139,60 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return _HANDLERS[handler.request_streaming, handler.response_streaming](
             stream if handler.response_streaming else unary,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_reader(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+    def _check(self, request: Any) -> None:
+        """Refuse a request that is not sound.
+
+        What no field of ours stands for is dropped: it could not be masked where it is kept.
+        """
+        if request is None:
+            raise errors.InvalidArgument(
+                "BAD_MESSAGE", "the request cannot be read as the message that this call takes"
+            )
+        if not self._internal:
+            request.DiscardUnknownFields()
+        contract.validate(request)
+
+    async def _checked(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            self._check(request)
+            yield request
+
+    @asynccontextmanager
+    async def _worked_on(self, context: auth.Context, *, stays: bool) -> AsyncIterator[None]:
+        """Hold a place for the call; end it at the default deadline if it has none.
+
+        (At its own, gRPC cancels it.)
+        """
+        place = self._places.place(auth.caller(), context.peer(), stays=stays)
+        if stays or context.time_remaining() is not None:
+            async with place:
+                yield
+            return
+        allowed_s = self._limits.default_deadline_s
+        database.deadline.set(time.monotonic() + allowed_s)
+        try:
+            async with asyncio.timeout(allowed_s) as bound, place:
+                yield
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            raise errors.DeadlineExceeded(
+                "DEADLINE_EXCEEDED",
+                f"it took longer than the {allowed_s:g} s of calls that set no deadline",
+            ) from error
+
+    def _read(
+        self, answers: AsyncIterator[Any], context: auth.Context, path: str
+    ) -> AsyncIterator[Any]:
+        async def end(error: errors.Error) -> None:
+            log.info("slow reader disconnected", method=path, reason=error.reason)
+            await _refuse(context, error, path)
+
+        return slow_reader.disconnected(answers, end, self._limits.slow_reader_s)
 
     async def _enter(self, context: auth.Context, rule: Rule, path: str) -> None:
         """Authenticate and authorize; then `auth.caller` and `auth.call` tell who and what."""
@@ -166,12 +259,6 @@ def _authorize(caller: auth.Caller, rule: Rule) -> None:
         raise errors.PermissionDenied("ROLE_REQUIRED", f"this call needs the role {needed}")
 
 
-async def _validated(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
-    async for request in requests:
-        contract.validate(request)
-        yield request
-
-
 async def _refuse(context: auth.Context, error: Exception, path: str) -> NoReturn:
     """End the call with the error's status."""
     if isinstance(error, asyncio.CancelledError | grpc.aio.AbortError):
@@ -192,6 +279,18 @@ async def _refuse(context: auth.Context, error: Exception, path: str) -> NoRetur
         sizes = [detail.ByteSize() for detail in status.details]
         del status.details[sizes.index(max(sizes[1:]), 1)]
     await context.abort(error.code, error.message, ((rpc.STATUS_KEY, status.SerializeToString()),))
+
+
+def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | None]:
+    """Return a parser that answers None to what is no such message, for a method to refuse."""
+
+    def read(raw: bytes) -> Message | None:
+        try:
+            return parse(raw)
+        except DecodeError:
+            return None
+
+    return read
 
 
 def _trace_id(traceparent: str) -> str:

@@ -29,6 +29,7 @@ _COMPARISON = re.compile(
 )
 _BOOKMARK_S = 5.0
 _BATCH = 500
+_PAGE_BYTES = 1 << 20  # of rows; their messages are larger, and clients take 4 MiB
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def page(
     visible: Any = None,
 ) -> Page:
     """Return the page of `table` that a List request asks for, in one statement.
+
+    It is shorter than asked for where the rows are large.
 
     Args:
         fields: what `filter` may name, and the column (or a function from value to condition).
@@ -99,10 +102,25 @@ def page(
     )
     rows = list(query.limit(size + 1))
     token = ""
-    if len(rows) > size:
-        rows = rows[:size]
+    fit = min(size, _fit(rows))
+    if len(rows) > fit:
+        rows = rows[:fit]
         token = _write_token([getattr(rows[-1], key.name), rows[-1].id], scope)
     return Page(rows, token)
+
+
+def _fit(rows: list[Any]) -> int:
+    """Return how many of the rows go into one message; one always does."""
+    size = 0
+    for count, row in enumerate(rows):
+        for value in row.__data__.values():
+            if isinstance(value, dict):
+                size += sum(len(key) + len(str(item)) for key, item in value.items())
+            elif isinstance(value, str | bytes | memoryview):
+                size += len(value)
+        if count and size > _PAGE_BYTES:
+            return count
+    return len(rows)
 
 
 def _conditions(text: str, fields: Mapping[str, Any], columns: Any) -> Any:
@@ -209,6 +227,9 @@ async def watch(
 ) -> AsyncIterator[Event]:
     """Follow the changes of a type of resource, in the order of their commits, for ever.
 
+    What has not been sent yet stays in the log: a watch holds one batch at a time, and one that is
+    not read is ended by the gate (SLOW_WATCHER).
+
     Args:
         load: returns the messages of those ids that still exist, in a constant number of
             statements; called within a unit.
@@ -254,10 +275,11 @@ async def watch(
         return head, more, [_event(row, kind, messages.get(row.resource_id)) for row in rows]
 
     position = _revision(request.from_revision)
-    with store.listening() as event:
+    with store.listening(type_) as event:
         while True:
             event.clear()
-            position, more, found = await store.read(batch, position)
+            async with store.background_reads:
+                position, more, found = await store.read(batch, position)
             for change in found:
                 yield change
             if more:

@@ -30,8 +30,10 @@ Rule = options_pb2.Rule
 
 ISSUER = "mcloud"
 _FEED_SILENT_S = 2.0
+_UNREACHABLE_S = 1.0  # for which identity is not asked again
 _CACHE_SIZE = 10_000
 _KEYS_PAUSE_S = 2.0  # between two readings of identity's keys
+_UNKNOWN_LIMIT = 256  # tokens of unknown keys that may wait for the next reading
 
 
 class Identity(Protocol):
@@ -56,6 +58,8 @@ class TokenChecker:
         self._keys: dict[str, Ed25519PublicKey] = {}
         self._keys_time = -_KEYS_PAUSE_S  # monotonic time of reading them
         self._reading: asyncio.Task[None] | None = None
+        self._unknown = 0  # tokens that wait for it
+        self._unreachable_until = 0.0  # monotonic time
         self._revoked: dict[str, int] = {}
         self._heard = 0.0  # monotonic time of the feed's last message
         self._cache: OrderedDict[str, _Verified] = OrderedDict()
@@ -113,7 +117,7 @@ class TokenChecker:
         try:
             key_id = str(jwt.get_unverified_header(token).get("kid", ""))
             if key_id not in self._keys:
-                await self._read_keys(pause_s=_KEYS_PAUSE_S)
+                await self._await_keys()
             if key_id not in self._keys:
                 raise _invalid()
             claims = jwt.decode(
@@ -129,6 +133,19 @@ class TokenChecker:
             raise _invalid() from error
         return _Verified(claims, float(claims["exp"]))
 
+    async def _await_keys(self) -> None:
+        if self._unknown >= _UNKNOWN_LIMIT:
+            raise errors.Unavailable(
+                "OVERLOADED",
+                "too many tokens are of keys not known yet; try again in a moment",
+                details=(errors.retry_after(_KEYS_PAUSE_S),),
+            )
+        self._unknown += 1
+        try:
+            await self._read_keys(pause_s=_KEYS_PAUSE_S)
+        finally:
+            self._unknown -= 1
+
     async def _read_keys(self, *, pause_s: float = 0) -> None:
         """Ask identity for its keys, once for all who wait for them.
 
@@ -137,6 +154,8 @@ class TokenChecker:
         """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._load_keys(pause_s))
+            # Whoever waited for it may have gone.
+            self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
         await asyncio.shield(self._reading)
 
     async def _load_keys(self, pause_s: float) -> None:
@@ -150,13 +169,20 @@ class TokenChecker:
         self._keys_time = time.monotonic()
 
     async def _check_by_rpc(self, token: str, mutates: bool) -> None:
+        """Ask identity; once it could not be reached, calls do not each wait to learn it anew."""
         try:
+            if time.monotonic() < self._unreachable_until:
+                raise errors.Unavailable(
+                    "IDENTITY_UNAVAILABLE", "identity was not reached just now"
+                )
             await rpc.call(
                 self._identity.CheckToken,
                 token_service_pb2.CheckTokenRequest(token=token),
                 timeout_s=2,
             )
         except (errors.Unavailable, errors.DeadlineExceeded) as error:
+            if error.reason != "IDENTITY_UNAVAILABLE":
+                self._unreachable_until = time.monotonic() + _UNREACHABLE_S
             if mutates:
                 raise errors.Unavailable(
                     "IDENTITY_UNAVAILABLE",

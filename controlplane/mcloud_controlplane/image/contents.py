@@ -11,9 +11,11 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,8 +44,12 @@ class Partial:
         self._lock = threading.Lock()
 
     def hash_some(self) -> bool:
-        """Hash a piece of what was there before; return whether there is more."""
-        with self._lock:
+        """Hash a piece of what was there before; return whether there is more.
+
+        Raises:
+            errors.Unavailable: STORE_UNAVAILABLE.
+        """
+        with self._lock, _told():
             piece = os.pread(
                 self._descriptor, min(_HASH_BYTES, self.size - self._hashed), self._hashed
             )
@@ -56,8 +62,9 @@ class Partial:
 
         Raises:
             errors.Exhausted: STORE_FULL.
+            errors.Unavailable: STORE_UNAVAILABLE.
         """
-        with self._lock, _full_told():
+        with self._lock, _told():
             view = memoryview(chunk)
             while view:
                 written = os.pwrite(self._descriptor, view, self.size)
@@ -77,15 +84,16 @@ class Partial:
 
         Raises:
             errors.Exhausted: STORE_FULL.
+            errors.Unavailable: STORE_UNAVAILABLE.
         """
-        with self._lock, _full_told():
+        with self._lock, _told():
             os.fsync(self._descriptor)
             self.path.replace(path)
             _sync_directory(path.parent)
 
     def discard(self) -> None:
         """Remove it, while it is still locked."""
-        with self._lock:
+        with self._lock, _told():
             self.path.unlink(missing_ok=True)
 
     def close(self) -> int:
@@ -120,6 +128,10 @@ class Contents:
 
         Args:
             known_bytes: what is beyond was written but never noted, and is cut off.
+
+        Raises:
+            errors.Exhausted: STORE_FULL.
+            errors.Unavailable: STORE_UNAVAILABLE.
         """
         path = self._directory / f"{image_id}.partial"
         return await self.run(_open_partial, path, known_bytes)
@@ -138,6 +150,7 @@ class Contents:
 
         Raises:
             errors.DataLoss: IMAGE_CORRUPT.
+            errors.Unavailable: STORE_UNAVAILABLE.
         """
         descriptor = await self.run(_open_content, self.path(image_id))
         digest = hashlib.sha256()
@@ -162,7 +175,8 @@ class Contents:
 
     async def _read(self, descriptor: int, position: int, digest: hashlib._Hash) -> bytes:
         def read() -> bytes:
-            chunk = os.pread(descriptor, CHUNK_BYTES, position)
+            with _told():
+                chunk = os.pread(descriptor, CHUNK_BYTES, position)
             digest.update(chunk)
             return chunk
 
@@ -175,7 +189,9 @@ class Contents:
 
 def _open_partial(path: Path, known_bytes: int) -> Partial | None:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with _told():
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its former writer may have given it its final name between our opening and locking.
@@ -188,16 +204,22 @@ def _open_partial(path: Path, known_bytes: int) -> Partial | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except OSError:
+        except OSError as error:
             os.close(descriptor)
-            raise
+            raise _store_error(error) from error
 
 
 def _open_content(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError as error:
-        raise _corrupt(path.name) from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise _corrupt(path.name) from error
+        raise _store_error(error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _corrupt(path.name)
+    return descriptor
 
 
 def _sync_directory(path: Path) -> None:
@@ -216,14 +238,22 @@ def _corrupt(image_id: str) -> errors.DataLoss:
     )
 
 
-class _full_told:  # noqa: N801 (used like a function)
-    """Turns a full disk into its error."""
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what the file system refuses into its error."""
+    try:
+        yield
+    except OSError as error:
+        raise _store_error(error) from error
 
-    def __enter__(self) -> None:
-        return
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.Exhausted(
-                "STORE_FULL", "the image store is full; the operator has to make room"
-            ) from error
+def _store_error(error: OSError) -> errors.Error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return errors.Exhausted(
+            "STORE_FULL", "the image store is full; the operator has to make room"
+        )
+    return errors.Unavailable(
+        "STORE_UNAVAILABLE",
+        f"the image store does not work: {error.strerror}; the operator has to look",
+        details=(errors.retry_after(5),),
+    )

@@ -1,0 +1,76 @@
+"""The two ports of a process: what a connection and a message may be, and the gate in front."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import grpc
+import structlog
+
+from mcloud_base import rpc
+from mcloud_controlplane.core import admission, gate, tokens
+from mcloud_controlplane.settings import Settings
+
+log = structlog.get_logger()
+
+_OPEN_FILES = 8192  # for some thousand clients and hosts
+
+# Pings end connections whose other side has gone without a word.
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_send_message_length", 8 << 20),
+    ("grpc.keepalive_time_ms", rpc.KEEPALIVE_S * 1000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", rpc.KEEPALIVE_S * 500),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+)
+# Strangers send small messages (uploads come in chunks of 1 MiB), and one connection of theirs has
+# no more calls open than a program needs. Now and then a connection is ended, and with it what is
+# not read on it; clients reconnect by themselves.
+_PUBLIC = (
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_concurrent_streams", 1000),
+    ("grpc.max_connection_idle_ms", 600_000),
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
+)
+_INTERNAL = (("grpc.max_receive_message_length", 8 << 20),)
+
+
+def raise_open_files() -> None:
+    """Use all the open files that this process may have: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if 0 <= most < _OPEN_FILES:
+        log.warning("few open files are allowed: raise nofile", limit=most, wanted=_OPEN_FILES)
+
+
+def places(settings: Settings) -> admission.Admission:
+    """Return the places that a process has, for both its ports."""
+    return admission.Admission(
+        requests=settings.requests_at_once,
+        streams=settings.streams_at_once,
+        streams_per_caller=settings.streams_per_caller,
+    )
+
+
+def server(
+    settings: Settings,
+    checker: tokens.TokenChecker,
+    *,
+    internal: bool,
+    is_revoked: Callable[[str], bool],
+    places: admission.Admission,
+) -> grpc.aio.Server:
+    """Return the server of one port, not started."""
+    guard = gate.Gate(
+        checker,
+        internal=internal,
+        is_revoked=is_revoked,
+        places=places,
+        limits=gate.Limits(settings.default_deadline_s, settings.slow_reader_s),
+    )
+    own = _INTERNAL if internal else _PUBLIC
+    return grpc.aio.server(interceptors=[guard], options=(*_OPTIONS, *own))
