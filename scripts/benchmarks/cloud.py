@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -177,14 +177,31 @@ async def _join_token(plane: ControlPlane) -> str:
     return str(answer.secret)
 
 
+class Reachable(Protocol):
+    """A control plane that a client can reach, whoever runs it."""
+
+    @property
+    def public(self) -> str:
+        """host:port of its public port."""
+
+    @property
+    def authority(self) -> Path:
+        """The certificate that its own is signed by."""
+
+    @property
+    def password(self) -> str:
+        """Of admin."""
+
+
 class Client:
     """The administrator, over asynchronous stubs."""
 
-    def __init__(self, plane: ControlPlane) -> None:
+    def __init__(self, plane: Reachable) -> None:
         self._plane = plane
         credentials = grpc.ssl_channel_credentials(plane.authority.read_bytes())
         self.channel = rpc.channel(plane.public, credentials)
         self._tokens: dict[bool, str] = {}
+        self.project_id = ""
 
     async def __aenter__(self) -> Client:
         """Log in, to the project and to the system."""
@@ -198,6 +215,7 @@ class Client:
             )
             answer = await rpc.call(stub.CreateToken, request, timeout_s=30)
             self._tokens[system] = answer.token
+            self.project_id = self.project_id or answer.claims.project_id
         return self
 
     async def __aexit__(self, *_: object) -> None:
