@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mcloud_agents.simulate.command import simulate
+
 if TYPE_CHECKING:
     from mcloud_agents.enrolment import Files
     from mcloud_agents.settings import Settings
@@ -118,6 +120,9 @@ def status(config: Path) -> None:
     }
     for label, value in rows.items():
         click.echo(f"{label + ':':<15}{value}")
+
+
+main.add_command(simulate)
 
 
 def _settings(path: Path) -> Settings:

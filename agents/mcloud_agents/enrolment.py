@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -22,12 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from mcloud.identity.v1 import enrolment_pb2, enrolment_service_pb2, enrolment_service_pb2_grpc
 from mcloud_agents import dh_parameters
 from mcloud_agents.backoff import Backoff
-from mcloud_base import errors, rpc, tls
+from mcloud_base import endpoints, errors, rpc, tls
 
 log = structlog.get_logger()
 
-# Stands in the certificate of every service and of no host, so that no host can pass for one.
-SERVICE_NAME = "mcloud-internal"
 CONNECT_TIMEOUT_S = 20.0
 LONGEST_SLEEP_S = 3600.0  # clocks are set; certificates do not live shorter than this
 
@@ -40,6 +38,26 @@ class Membership:
     name: str
     control_plane: str
     internal_endpoint: str
+
+
+class Keep(Protocol):
+    """Where a host's key and certificates are kept."""
+
+    def key(self) -> bytes:
+        """Return the host's key; it is made once, so that a repeated enrolment is of one host."""
+
+    def load(self) -> tuple[tls.Identity, Membership] | None:
+        """Return who the host is, or None if it has not been enrolled.
+
+        Raises:
+            DataLoss: IDENTITY_DAMAGED.
+        """
+
+    def save(self, identity: tls.Identity, membership: Membership) -> None:
+        """Keep who the host is from now on."""
+
+    def publish(self, identity: tls.Identity) -> None:
+        """Show the identity to whoever else on the host uses it."""
 
 
 class Files:
@@ -123,7 +141,7 @@ class Files:
 
 
 async def enrol(
-    files: Files,
+    files: Keep,
     control_plane: str,
     join_token: str,
     *,
@@ -167,7 +185,9 @@ async def enrol(
         return known[1]
     authority = await asyncio.to_thread(find_authority, control_plane, expected)
     credentials = grpc.ssl_channel_credentials(authority)
-    async with rpc.channel(control_plane, credentials, server_name=SERVICE_NAME) as channel:
+    async with rpc.channel(
+        control_plane, credentials, server_name=endpoints.SERVICE_NAME
+    ) as channel:
         issued = await rpc.call(
             enrolment_service_pb2_grpc.EnrolmentServiceStub(channel).Enrol,
             enrolment_service_pb2.EnrolRequest(
@@ -195,35 +215,38 @@ def find_authority(control_plane: str, expected: str) -> bytes:
         InvalidArgument: BAD_ENDPOINT. PermissionDenied: AUTHORITY_MISMATCH.
         Unavailable: CONTROL_PLANE_UNREACHABLE.
     """
-    host, colon, port = control_plane.rpartition(":")
-    if not colon or not port.isdecimal():
-        raise errors.InvalidArgument(
-            "BAD_ENDPOINT", f"{control_plane!r} is not HOST:PORT", endpoint=control_plane
-        )
+    failure: OSError | None = None
+    for each in endpoints.split(control_plane):
+        try:
+            chain = _chain_of(endpoints.divide(each))
+        except OSError as error:
+            failure = error
+            continue
+        for der in chain:
+            pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
+            if tls.fingerprint(pem) == expected:
+                return pem
+        raise _mismatch(each)
+    raise errors.Unavailable(
+        "CONTROL_PLANE_UNREACHABLE", f"{control_plane}: {failure}", endpoint=control_plane
+    ) from failure
+
+
+def _chain_of(address: tuple[str, int]) -> list[bytes]:
+    """Return the certificates, DER, that a server sends, whoever it is."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    try:
-        address = (host.strip("[]"), int(port))
-        with (
-            socket.create_connection(address, timeout=CONNECT_TIMEOUT_S) as plain,
-            context.wrap_socket(plain, server_hostname=SERVICE_NAME) as connection,
-        ):
-            chain = _chain(connection)
-    except OSError as error:
-        raise errors.Unavailable(
-            "CONTROL_PLANE_UNREACHABLE", f"{control_plane}: {error}", endpoint=control_plane
-        ) from error
-    for der in chain:
-        pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
-        if tls.fingerprint(pem) == expected:
-            return pem
-    raise _mismatch(control_plane)
+    with (
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT_S) as plain,
+        context.wrap_socket(plain, server_hostname=endpoints.SERVICE_NAME) as connection,
+    ):
+        return _chain(connection)
 
 
 async def keep_renewed(
-    files: Files,
+    files: Keep,
     identity: tls.Identity,
     underlay_ip: str,
     channel: Callable[[], grpc.aio.Channel],
@@ -253,7 +276,7 @@ async def keep_renewed(
 
 
 async def renew(
-    files: Files, identity: tls.Identity, underlay_ip: str, channel: grpc.aio.Channel
+    files: Keep, identity: tls.Identity, underlay_ip: str, channel: grpc.aio.Channel
 ) -> tls.Identity:
     """Get a fresh certificate for the same key, so that key and certificate never disagree."""
     known = files.load()

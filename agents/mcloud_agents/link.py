@@ -14,19 +14,23 @@ from typing import Any
 
 import grpc
 
-from mcloud_agents.enrolment import SERVICE_NAME
-from mcloud_base import errors, rpc, tls
+from mcloud_base import endpoints, errors, rpc, tls
+
+# Is told each call that has ended, with its method.
+Told = Callable[[str, grpc.aio.Call], object]
 
 
 class Link(grpc.aio.Channel):
     """The part of a channel that stubs use.
 
     Args:
-        target: host:port.
+        target: host:port, or several that answer alike, with commas.
+        told: of each call that has ended.
     """
 
-    def __init__(self, target: str, identity: tls.Identity) -> None:
+    def __init__(self, target: str, identity: tls.Identity, told: Told | None = None) -> None:
         self._target = target
+        self._told = told
         self._channel = self._open(identity)
         # Calls under way by channel. A former channel is closed with the last of them: closing it
         # earlier would cancel a long download in the midst of somebody's work.
@@ -41,7 +45,7 @@ class Link(grpc.aio.Channel):
 
     def _open(self, identity: tls.Identity) -> grpc.aio.Channel:
         credentials = identity.channel_credentials()
-        return rpc.channel(self._target, credentials, server_name=SERVICE_NAME)
+        return rpc.channel(self._target, credentials, server_name=endpoints.SERVICE_NAME)
 
     def _close_former(self, channel: grpc.aio.Channel) -> None:
         del self._calls[channel]
@@ -101,6 +105,8 @@ class Link(grpc.aio.Channel):
             running = made[1](*call_args, **call_kwargs)
             self._calls[channel] += 1
             running.add_done_callback(lambda _: self._on_end(channel))
+            if (told := self._told) is not None:
+                running.add_done_callback(lambda ended: told(args[0], ended))
             return running
 
         return call
@@ -117,19 +123,27 @@ class Links:
     Args:
         endpoint: host:port of the services that are not named in `endpoints`.
         endpoints: host:port by service.
+        told: of each call that has ended.
     """
 
-    def __init__(self, endpoint: str, endpoints: dict[str, str], identity: tls.Identity) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        endpoints: dict[str, str],
+        identity: tls.Identity,
+        told: Told | None = None,
+    ) -> None:
         self._endpoint = endpoint
         self._endpoints = endpoints
         self._identity = identity
+        self._told = told
         self._links: dict[str, Link] = {}
 
     def to(self, service: str) -> Link:
         """Return the link to a service: "conductor"."""
         target = self._endpoints.get(service, self._endpoint)
         if target not in self._links:
-            self._links[target] = Link(target, self._identity)
+            self._links[target] = Link(target, self._identity, self._told)
         return self._links[target]
 
     def renew(self, identity: tls.Identity) -> None:

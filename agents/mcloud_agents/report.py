@@ -44,6 +44,7 @@ class HostReport:
         self._stream: Stream | None = None
         self._sequence = 0
         self._changed = asyncio.Event()
+        self.stored = asyncio.Event()  # once, when the first report is
 
     def changed(self) -> None:
         """Report soon: something is not as it was."""
@@ -78,6 +79,7 @@ class HostReport:
                             with suppress(asyncio.InvalidStateError):  # ended; reading tells how
                                 await stream.write(report)
                             await _stored(responses, report.sequence)
+                        self.stored.set()
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._interval_s):
                             await self._changed.wait()

@@ -101,6 +101,7 @@ class HostSession:
         self._epoch = ""  # of the last lease; empty until the first
         self._number = 0
         self._lease_end = 0.0
+        self.opened = asyncio.Event()  # once, by the first lease
         self._sequence = 0
         # Highest generation seen of each id, within the epoch.
         self._generations: OrderedDict[str, int] = OrderedDict()
@@ -233,6 +234,7 @@ class HostSession:
             )
         self._number = lease.session_number
         self._lease_end = time.monotonic() + ttl_s
+        self.opened.set()
         return ttl_s
 
     async def _write(self, stream: Stream, ttl_s: float) -> None:

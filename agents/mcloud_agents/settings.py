@@ -31,9 +31,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
     # Who and where the host is.
-    control_plane: str = ""  # host:port of the public port; what `enrol` was told, if empty
-    internal_endpoint: str = ""  # host:port of the internal port; what enrolment answered, if empty
-    internal_endpoints: dict[str, str] = {}  # host:port of services that are elsewhere
+    # Addresses are host:port, or those of several copies, with commas.
+    control_plane: str = ""  # of the public port; what `enrol` was told, if empty
+    internal_endpoint: str = ""  # of the internal port; what enrolment answered, if empty
+    internal_endpoints: dict[str, str] = {}  # of services that are elsewhere
     name: Name = Field(default_factory=socket.gethostname)  # as the control plane lists the host
     underlay_ip: Ip  # at which other hosts reach this one: overlay, volumes, migration
     underlay_device: str = ""  # the interface that has it; empty lets routing choose

@@ -19,11 +19,11 @@ import structlog
 
 from mcloud.common.v1 import session_pb2
 from mcloud.conductor.v1 import domain_pb2
-from mcloud_agents.compute import files, host, qcow2, workflow
+from mcloud_agents.compute import host, workflow
+from mcloud_agents.compute.disks import Disks, LocalDisks
 from mcloud_agents.compute.driver import IO_ERROR, Domain, Driver, Event, HostFacts, State
-from mcloud_agents.compute.image_cache import ImageCache
 from mcloud_agents.compute.managed import Managed
-from mcloud_agents.compute.record import Record, RecordStore
+from mcloud_agents.compute.record import Record, Records, RecordStore
 from mcloud_agents.compute.services import Attachments, Conductor, Dataplane, Images, Ports
 from mcloud_base import errors, ids
 
@@ -63,29 +63,29 @@ class ComputeAgent:
         attachments: Attachments,
         dataplane: Dataplane,
         report: Callable[[session_pb2.Observed], None],
+        disks: Disks | None = None,
+        records: Records | None = None,
         probe: workflow.Probe = workflow.no_probe,
     ) -> None:
         """Make the agent; nothing happens before `start`.
 
-        `report` is called in the event loop, must not block, and sets the sequence: the order of
-        the calls is the order of the reports. `probe` is called around each step of the work on a
-        domain; for tests of failure.
+        `disks` and `records` are in `settings.state_dir` unless others are given. `report` is
+        called in the event loop, must not block, and sets the sequence: the order of the calls is
+        the order of the reports. `probe` is called around each step of the work on a domain.
         """
         self._settings = settings
         self._driver = driver
         self._report = report
-        files.make_private_directory(settings.state_dir)
-        instances_dir = settings.state_dir / "instances"
-        files.make_private_directory(instances_dir)
+        directory = settings.state_dir
         self._place = workflow.Workplace(
-            instances_dir=instances_dir,
             driver=driver,
-            cache=ImageCache(
-                settings.state_dir / "images",
+            disks=disks
+            or LocalDisks(
+                directory,
                 limit_bytes=settings.cache_limit_bytes,
                 max_age_s=settings.cache_max_age_s,
             ),
-            store=RecordStore(settings.state_dir / "domains"),
+            store=records or RecordStore(directory / "domains", directory / "boot_id"),
             conductor=conductor,
             images=images,
             ports=ports,
@@ -132,15 +132,14 @@ class ComputeAgent:
 
     async def _note_boot(self) -> None:
         """After a restart of the machine every guest is off: those meant to run are begun again."""
-        path = self._settings.state_dir / "boot_id"
-        now = host.boot_id()
-        if path.exists() and path.read_text() != now:
+        now, last = host.boot_id(), self._place.store.last_boot()
+        if last not in ("", now):
             for managed in self._managed.values():
                 spec = managed.record.spec
                 if spec and spec.power_state == domain_pb2.POWER_STATE_RUNNING:
                     managed.record.reached = 0
                     await self._place.store.save(managed.record)
-        files.write_atomically(path, now.encode())
+        self._place.store.note_boot(now)
 
     # --- orders ---------------------------------------------------------------------------------
 
@@ -287,16 +286,12 @@ class ComputeAgent:
             self._look.clear()
             try:
                 await self._list()
-                await files.in_thread(self._trim_console_logs)
+                await self._place.disks.trim_console_logs(self._settings.console_log_bytes)
             except errors.Error as error:
                 log.warning("domains not listed", error=str(error))
             except Exception:  # the outermost loop: a fault must not blind the agent
                 log.exception("domains not listed")
             await asyncio.sleep(self._settings.listing_pause_s)
-
-    def _trim_console_logs(self) -> None:
-        for path in self._place.instances_dir.glob("*/console.log"):
-            files.trim(path, self._settings.console_log_bytes)
 
     async def _list(self) -> None:
         before = {managed: managed.serial for managed in self._managed.values()}
@@ -371,30 +366,35 @@ class ComputeAgent:
     async def artifacts(self) -> list[session_pb2.Artifact]:
         """Return everything of mcloud's that is on the host, known or not."""
         kinds = session_pb2.Artifact
-        result = [
-            session_pb2.Artifact(
-                kind=kinds.KIND_DOMAIN,
-                name=domain.name,
-                owner_id=domain.identity.domain_id,
-                generation=domain.identity.generation,
-            )
-            for domain in await self._driver.list()
-            if domain.identity
-        ]
-        for kind, name in (
-            (kinds.KIND_OVERLAY, "root.qcow2"),
-            (kinds.KIND_CONFIG_DRIVE, "config-drive.iso"),
-        ):
-            for path in sorted(self._place.instances_dir.glob(f"*/{name}")):
-                managed = self._managed.get(path.parent.name)
-                result.append(
-                    session_pb2.Artifact(
-                        kind=kind,
-                        name=str(path),
-                        owner_id=path.parent.name,
-                        generation=managed.record.generation if managed else 0,
-                    )
+        result = []
+        for domain in await self._driver.list():
+            if not domain.identity:
+                continue
+            id_, generation = domain.identity.domain_id, domain.identity.generation
+            result.append(
+                session_pb2.Artifact(
+                    kind=kinds.KIND_DOMAIN, name=domain.name, owner_id=id_, generation=generation
                 )
+            )
+            result += [
+                session_pb2.Artifact(
+                    kind=kinds.KIND_DISK,
+                    name=f"{id_}/{device}",
+                    owner_id=volume_id or id_,  # the root disk is the domain's own
+                    generation=generation,
+                )
+                for device, volume_id in domain.disks
+            ]
+        for kind, path, domain_id in self._place.disks.artifacts():
+            managed = self._managed.get(domain_id)
+            result.append(
+                session_pb2.Artifact(
+                    kind=kind,
+                    name=str(path),
+                    owner_id=domain_id,
+                    generation=managed.record.generation if managed else 0,
+                )
+            )
         return result
 
     # --- tidying --------------------------------------------------------------------------------
@@ -410,22 +410,10 @@ class ComputeAgent:
 
     async def tidy(self) -> None:
         """Let unused images and old tombstones go, now."""
-        await self._place.cache.age(await asyncio.to_thread(self._bases_in_use))
+        specs = (managed.record.spec for managed in list(self._managed.values()))
+        await self._place.disks.tidy(spec.root_disk for spec in specs if spec)
         oldest = time.time() - self._settings.tombstone_age_s
         for domain_id, managed in list(self._managed.items()):
             if managed.record.gone and managed.record.gone_time < oldest:
                 self._place.store.remove(domain_id)
                 del self._managed[domain_id]
-
-    def _bases_in_use(self) -> frozenset[Path]:
-        """Return what any overlay lies on, known or not, and what one soon will."""
-        images = self._settings.state_dir / "images"
-        bases = set()
-        for overlay in self._place.instances_dir.glob("*/root.*"):
-            if base := qcow2.read_backing(overlay):
-                bases.add(base)
-        for managed in list(self._managed.values()):
-            if spec := managed.record.spec:
-                disk = spec.root_disk
-                bases.add(images / f"{disk.image_sha256}.{disk.image_format}")
-        return frozenset(bases)

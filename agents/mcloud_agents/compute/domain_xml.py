@@ -18,6 +18,7 @@ from mcloud_agents.compute.driver import (
     ResolvedNic,
     libvirt_name,
 )
+from mcloud_base import ids
 
 NAMESPACE = "urn:mcloud:domain:1"
 PREFIX = "mcloud"
@@ -258,6 +259,18 @@ def missing_devices(text: str, wanted: ResolvedDomain) -> list[str]:
         *(_to_text(disk) for disk in disks if _disk_key(disk) not in live_disks),
         *(_to_text(nic) for nic in nics if _nic_key(nic) not in live_nics),
     ]
+
+
+def disks(text: str) -> tuple[tuple[str, str], ...]:
+    """Return the disks of a domain's XML by device, with the volume that each is of, or ""."""
+    root = ET.fromstring(text)  # noqa: S314 (libvirt's own output)
+    found = []
+    for disk in root.findall("./devices/disk[@device='disk']"):
+        serial = disk.findtext("serial", "") if disk.get("type") == "network" else ""
+        volume_id = f"vol-{serial}"
+        owner = volume_id if ids.is_id(volume_id, "vol") else ""
+        found.append((_attribute(disk, "target", "dev"), owner))
+    return tuple(found)
 
 
 _DiskKey = tuple[str, str]

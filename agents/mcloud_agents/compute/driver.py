@@ -83,6 +83,8 @@ class Domain:
     state: State.ValueType
     reason: str = ""  # for people: "io error", "guest shut down"
     identity: Identity | None = None  # None: somebody else's
+    # By device, the volume that each is of; the root disk, and what is no volume's, has "".
+    disks: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 class EventKind(enum.Enum):

@@ -217,6 +217,7 @@ class Libvirt:
         """Describe a domain; None if it has just gone."""
         try:
             state, reason = domain.state()
+            description = domain.XMLDesc(_CURRENT)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return None
@@ -228,6 +229,7 @@ class Libvirt:
             state=_STATES[state],
             reason=_REASONS.get((state, reason), ""),
             identity=metadata[0] if metadata else None,
+            disks=domain_xml.disks(description),
         )
 
     def _find(self, domain_id: str) -> Any:

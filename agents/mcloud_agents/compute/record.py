@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -49,11 +49,36 @@ class Record:
         return self.absent and self.reached == self.generation
 
 
-class RecordStore:
-    """A directory with a file for each record, 0600: they hold user data."""
+class Records(Protocol):
+    """Where a host's records are kept."""
 
-    def __init__(self, directory: Path) -> None:
+    def load(self) -> Iterable[Record]:
+        """Read every record."""
+
+    async def save(self, record: Record) -> None:
+        """Write a record; after a crash it is this one or the one before."""
+
+    def remove(self, domain_id: str) -> None:
+        """Forget a record."""
+
+    def last_boot(self) -> str:
+        """Return the machine's boot that was noted last, or the empty string."""
+
+    def note_boot(self, boot_id: str) -> None:
+        """Remember the machine's boot."""
+
+
+class RecordStore:
+    """A directory with a file for each record, 0600: they hold user data.
+
+    Args:
+        directory: of the records.
+        boot_file: where the machine's boot is remembered.
+    """
+
+    def __init__(self, directory: Path, boot_file: Path) -> None:
         self._directory = directory
+        self._boot_file = boot_file
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         files.make_private_directory(directory)
 
@@ -61,7 +86,7 @@ class RecordStore:
         """Read every record; one that cannot be read is left where it is, and told."""
         for path in sorted(self._directory.glob("*.json")):
             try:
-                yield _decode(json.loads(path.read_text()))
+                yield decode(path.read_bytes())
             except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
                 log.error("record not readable", path=str(path), error=type(error).__name__)
 
@@ -71,28 +96,43 @@ class RecordStore:
         Steps that overlap may save the same record; what is on disk then is the newest of it.
         """
         async with self._locks.setdefault(record.domain_id, asyncio.Lock()):
-            text = json.dumps(_encode(record), indent=1)
             path = self._path(record.domain_id)
-            await files.in_thread(files.write_atomically, path, text.encode())
+            await files.in_thread(files.write_atomically, path, encode(record))
 
     def remove(self, domain_id: str) -> None:
         """Forget a record."""
         self._path(domain_id).unlink(missing_ok=True)
 
+    def last_boot(self) -> str:
+        """See Records."""
+        return self._boot_file.read_text() if self._boot_file.exists() else ""
+
+    def note_boot(self, boot_id: str) -> None:
+        """See Records."""
+        files.write_atomically(self._boot_file, boot_id.encode())
+
     def _path(self, domain_id: str) -> Path:
         return self._directory / f"{domain_id}.json"
 
 
-def _encode(record: Record) -> dict[str, Any]:
-    return {
+def encode(record: Record) -> bytes:
+    """Return a record as JSON."""
+    values = {
         **vars(record),
         "spec": _to_dict(record.spec) if record.spec else None,
         "bindings": [_to_dict(binding) for binding in record.bindings],
         "steps": [_to_dict(step) for step in record.steps],
     }
+    return json.dumps(values, indent=1).encode()
 
 
-def _decode(saved: dict[str, Any]) -> Record:
+def decode(text: bytes) -> Record:
+    """Return the record that `encode` has written, also in another release.
+
+    Raises:
+        ValueError, KeyError, TypeError, json_format.ParseError: it is damaged.
+    """
+    saved = json.loads(text)
     spec, bindings, steps = saved.pop("spec"), saved.pop("bindings"), saved.pop("steps")
     return Record(
         **saved,

@@ -13,9 +13,7 @@ nothing of each other and run at the same time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +23,8 @@ from typing import TypeVar, cast
 from mcloud.conductor.v1 import domain_pb2
 from mcloud.image.v1 import image_pb2
 from mcloud.network.v1 import dataplane_pb2
-from mcloud_agents.compute import config_drive, files, guest_data, image_cache
+from mcloud_agents.compute import guest_data
+from mcloud_agents.compute.disks import Disks
 from mcloud_agents.compute.driver import (
     Domain,
     Driver,
@@ -34,8 +33,8 @@ from mcloud_agents.compute.driver import (
     ResolvedNic,
     RootDisk,
 )
-from mcloud_agents.compute.image_cache import CachedImage, ImageCache
-from mcloud_agents.compute.record import Record, RecordStore
+from mcloud_agents.compute.image_cache import CachedImage
+from mcloud_agents.compute.record import Record, Records
 from mcloud_agents.compute.services import Attachments, Conductor, Dataplane, Images, Ports
 from mcloud_agents.compute.steps import StepLog
 from mcloud_base.errors import Conflict, DataLoss, WrongState
@@ -44,7 +43,7 @@ from mcloud_base.errors import Conflict, DataLoss, WrongState
 STEPS = ("8", "10", "12", "14", "16", "remove domain", "remove files")
 
 # Called around each step with (step, "before" or "after"). It may raise what the step may raise,
-# with the same consequences; tests do, or end the process.
+# with the same consequences; tests do, or end the process, and simulated hosts take their time.
 Probe = Callable[[str, str], Awaitable[None]]
 
 T = TypeVar("T")
@@ -62,10 +61,9 @@ async def no_probe(step: str, moment: str) -> None:
 class Workplace:
     """Everything that the steps work with; one for all domains."""
 
-    instances_dir: Path
     driver: Driver
-    cache: ImageCache
-    store: RecordStore
+    disks: Disks
+    store: Records
     conductor: Conductor
     images: Images
     ports: Ports
@@ -74,10 +72,6 @@ class Workplace:
     physical_bridges: Mapping[str, str] = field(default_factory=dict)
     dataplane_deadline_s: float = 60.0
     probe: Probe = no_probe
-
-    def directory(self, domain_id: str) -> Path:
-        """Where a domain's files are; removed with it."""
-        return self.instances_dir / domain_id
 
     async def probed(self, step: str, work: Callable[[], Awaitable[T]]) -> T:
         """Do the work of a step between calls of the probe."""
@@ -121,8 +115,7 @@ async def remove(place: Workplace, record: Record) -> None:
     """Have nothing left of a domain but the record that it is gone."""
     order = (record.domain_id, record.epoch, record.generation)
     await place.probed("remove domain", partial(place.driver.ensure_absent, *order))
-    directory = place.directory(record.domain_id)
-    await place.probed("remove files", partial(files.in_thread, _remove_tree, directory))
+    await place.probed("remove files", partial(place.disks.remove, record.domain_id))
     record.reached = record.generation
     record.root_disk_made = False
     record.config_digest = ""
@@ -149,7 +142,7 @@ async def _ask_for_spec(
         record.instance_id = spec.instance_id
         record.spec = spec
         await place.store.save(record)
-        await files.in_thread(files.make_private_directory, place.directory(spec.domain_id))
+        await place.disks.prepare(spec.domain_id)
     return spec, token
 
 
@@ -167,9 +160,9 @@ async def _ensure_root_disk(
             would hide it.
     """
     wanted = spec.root_disk
-    overlay = place.directory(spec.domain_id) / "root.qcow2"
-    if overlay.exists():
-        base = await place.cache.find(wanted.image_sha256, wanted.image_format)
+    overlay = place.disks.root_disk(spec.domain_id)
+    if place.disks.has_root_disk(spec.domain_id):
+        base = await place.disks.find_image(wanted.image_sha256, wanted.image_format)
         if base is None:
             raise DataLoss("BASE_IMAGE_LOST", f"the image below {overlay} is not there any more")
         steps.skip("the root disk is there", 10, 11)
@@ -177,7 +170,7 @@ async def _ensure_root_disk(
         raise DataLoss("ROOT_DISK_LOST", f"{overlay} is not there any more")
     else:
         base = await _ensure_image(place, spec, token, steps)
-        await image_cache.ensure_overlay(overlay, base, wanted.size_gib)
+        await place.disks.make_root_disk(spec.domain_id, base, wanted.size_gib)
     if not record.root_disk_made:
         record.root_disk_made = True
         await place.store.save(record)
@@ -198,9 +191,9 @@ async def _ensure_image(
                 "IMAGE_CHANGED", f"image {wanted.image_id} is not what the instance was made from"
             )
         digest, image_format, size_bytes = *told, image.status.size_bytes
-        base = await place.cache.find(digest, image_format)
+        base = await place.disks.find_image(digest, image_format)
         if base is None:
-            base = await place.cache.ensure(digest, image_format, size_bytes, source)
+            base = await place.disks.ensure_image(digest, image_format, size_bytes, source)
             row.detail = f"{size_bytes} bytes"
         elif not steps.has(11):
             async for _ in source(size_bytes):  # nothing is left to send, but to be allowed
@@ -234,6 +227,9 @@ async def _bind_ports(
             )
             for nic in spec.nics
         ]
+        for response in responses:
+            # The dataplane's document has them; here they would be most of the record.
+            response.network.ClearField("remote_ports")
         generation = max(response.dataplane_generation for response in responses)
         await place.dataplane.wait_generation(generation, place.dataplane_deadline_s)
         # Before the guest starts: it will ask for its documents.
@@ -295,7 +291,7 @@ async def _start(
         wanted = ResolvedDomain(
             spec=spec,
             root_disk=root_disk,
-            console_log=place.directory(spec.domain_id) / "console.log",
+            console_log=place.disks.console_log(spec.domain_id),
             config_drive=await _ensure_config_drive(place, record, spec),
             nics=nics,
             disks=disks,
@@ -308,15 +304,14 @@ async def _ensure_config_drive(
 ) -> Path | None:
     if not spec.config.config_drive:
         return None
-    path = place.directory(spec.domain_id) / "config-drive.iso"
     documents = guest_data.on_drive(documents_of(record))
     text = b"".join(key.encode() + b"\0" + documents[key] + b"\0" for key in sorted(documents))
     digest = hashlib.sha256(text).hexdigest()
-    if record.config_digest != digest or not path.exists():
-        await files.in_thread(config_drive.write, path, documents)
+    if record.config_digest != digest or not place.disks.has_config_drive(spec.domain_id):
+        await place.disks.write_config_drive(spec.domain_id, documents)
         record.config_digest = digest
         await place.store.save(record)
-    return path
+    return place.disks.config_drive(spec.domain_id)
 
 
 def documents_of(record: Record) -> dict[str, bytes]:
@@ -325,8 +320,3 @@ def documents_of(record: Record) -> dict[str, bytes]:
         return {}
     nics = [(response.binding, response.network) for response in record.bindings]
     return guest_data.documents(record.spec, nics)
-
-
-def _remove_tree(directory: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(directory)

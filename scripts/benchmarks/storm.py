@@ -1,0 +1,241 @@
+"""Many instances at once: clients that each create one after the other until all are there.
+
+Meanwhile the hosts are listed, page by page, as operators do. Every instance has a NIC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from benchmarks.cloud import Client
+from mcloud.compute.v1 import (
+    flavor_pb2,
+    flavor_service_pb2,
+    flavor_service_pb2_grpc,
+    host_service_pb2,
+    host_service_pb2_grpc,
+    instance_pb2,
+    instance_service_pb2,
+    instance_service_pb2_grpc,
+    quota_pb2,
+    quota_service_pb2,
+    quota_service_pb2_grpc,
+)
+from mcloud.image.v1 import image_pb2, image_service_pb2, image_service_pb2_grpc
+from mcloud.network.v1 import (
+    network_pb2,
+    network_service_pb2,
+    network_service_pb2_grpc,
+    subnet_pb2,
+    subnet_service_pb2,
+    subnet_service_pb2_grpc,
+)
+from mcloud_base import errors, ids
+
+_IMAGE_BYTES = 1 << 20
+_PAGE_SIZE = 500
+
+T = TypeVar("T")
+
+
+@dataclass
+class Outcome:
+    """What came of a storm. Times in seconds, one for each that succeeded."""
+
+    seconds: float = 0.0
+    succeeded: list[float] = field(default_factory=list)
+    failed: Counter[str] = field(default_factory=Counter)  # by reason
+    listings: list[float] = field(default_factory=list)
+    host_count: int = 0
+
+    def summary(self) -> dict[str, object]:
+        """Return the figures that matter."""
+        return {
+            "succeeded": len(self.succeeded),
+            "failed": dict(self.failed),
+            "seconds": round(self.seconds, 1),
+            "per_second": round(len(self.succeeded) / max(self.seconds, 1e-9), 2),
+            "median_s": _at(self.succeeded, 50),
+            "p95_s": _at(self.succeeded, 95),
+            "hosts_listed": self.host_count,
+            "listings": len(self.listings),
+            "listing_median_s": _at(self.listings, 50),
+            "listing_longest_s": round(max(self.listings, default=0.0), 3),
+        }
+
+
+class Storm:
+    """Instances of one flavor and image, on networks of their own."""
+
+    def __init__(self, client: Client, *, network_count: int = 1) -> None:
+        self._client = client
+        self._network_count = network_count
+        self._mark = ids.request_id()[:8]  # so that storms may follow each other
+        self.specs: list[instance_pb2.InstanceSpec] = []
+        self._stub = instance_service_pb2_grpc.InstanceServiceStub(client.channel)
+
+    async def prepare(self) -> None:
+        """Make what instances need, and lift the project's limits."""
+        client, mark = self._client, f"storm-{self._mark}"
+        await self._lift_quota()
+        flavor = await client.mutate(
+            flavor_service_pb2_grpc.FlavorServiceStub(client.channel).CreateFlavor,
+            flavor_service_pb2.CreateFlavorRequest(
+                name=mark, spec=flavor_pb2.FlavorSpec(vcpu_count=1, memory_mib=512, disk_gib=1)
+            ),
+            flavor_pb2.Flavor,
+            system=True,
+        )
+        image = await self._upload(mark)
+        for number in range(self._network_count):
+            network = await client.mutate(
+                network_service_pb2_grpc.NetworkServiceStub(client.channel).CreateNetwork,
+                network_service_pb2.CreateNetworkRequest(
+                    name=f"{mark}-{number}", spec=network_pb2.NetworkSpec()
+                ),
+                network_pb2.Network,
+            )
+            await client.mutate(
+                subnet_service_pb2_grpc.SubnetServiceStub(client.channel).CreateSubnet,
+                subnet_service_pb2.CreateSubnetRequest(
+                    name=f"{mark}-{number}",
+                    spec=subnet_pb2.SubnetSpec(
+                        network_id=network.metadata.id, cidr=f"10.{number + 1}.0.0/16"
+                    ),
+                ),
+                subnet_pb2.Subnet,
+            )
+            self.specs.append(
+                instance_pb2.InstanceSpec(
+                    flavor_id=flavor.metadata.id,
+                    image_id=image,
+                    nics=[instance_pb2.InstanceNic(network_id=network.metadata.id)],
+                )
+            )
+
+    async def create(self, number: int, *, clients: int = 32) -> Outcome:
+        """Create instances; each is counted when its operation has ended."""
+
+        async def create_one(index: int) -> None:
+            await self._client.mutate(
+                self._stub.CreateInstance,
+                instance_service_pb2.CreateInstanceRequest(
+                    name=f"storm-{self._mark}-{index}", spec=self.specs[index % len(self.specs)]
+                ),
+                instance_pb2.Instance,
+            )
+
+        return await self._blow(create_one, range(number), clients)
+
+    async def delete(self, *, clients: int = 32) -> Outcome:
+        """Delete every instance that storms have left."""
+        left = {instance.metadata.id for instance in await self.instances()}
+
+        async def delete_one(id_: str) -> None:
+            await self._client.mutate(
+                self._stub.DeleteInstance,
+                instance_service_pb2.DeleteInstanceRequest(id=id_),
+                instance_pb2.Instance,
+            )
+
+        return await self._blow(delete_one, sorted(left), clients)
+
+    async def instances(self) -> list[instance_pb2.Instance]:
+        """Return the instances of all storms."""
+        found: list[instance_pb2.Instance] = []
+        token = ""
+        while True:
+            answer = await self._client.call(
+                self._stub.ListInstances,
+                instance_service_pb2.ListInstancesRequest(page_size=_PAGE_SIZE, page_token=token),
+            )
+            found += [each for each in answer.instances if each.metadata.name.startswith("storm-")]
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    async def _blow(
+        self, work: Callable[[T], Awaitable[None]], items: Sequence[T], clients: int
+    ) -> Outcome:
+        outcome = Outcome()
+        waiting = iter(items)
+
+        async def one_client() -> None:
+            for item in waiting:
+                begin = time.perf_counter()
+                try:
+                    await work(item)
+                except errors.Error as error:
+                    outcome.failed[error.reason] += 1
+                else:
+                    outcome.succeeded.append(time.perf_counter() - begin)
+
+        listing = asyncio.create_task(self._list_hosts(outcome))
+        begin = time.perf_counter()
+        await asyncio.gather(*(one_client() for _ in range(clients)))
+        outcome.seconds = time.perf_counter() - begin
+        listing.cancel()
+        await asyncio.gather(listing, return_exceptions=True)
+        return outcome
+
+    async def _list_hosts(self, outcome: Outcome) -> None:
+        """List all hosts, again and again, as `mcloud host list` does."""
+        stub = host_service_pb2_grpc.HostServiceStub(self._client.channel)
+        while True:
+            begin, token, found = time.perf_counter(), "", 0
+            while True:
+                answer = await self._client.call(
+                    stub.ListHosts,
+                    host_service_pb2.ListHostsRequest(page_size=_PAGE_SIZE, page_token=token),
+                    system=True,
+                )
+                found += len(answer.hosts)
+                token = answer.next_page_token
+                if not token:
+                    break
+            outcome.listings.append(time.perf_counter() - begin)
+            outcome.host_count = found
+            await asyncio.sleep(0.5)
+
+    async def _lift_quota(self) -> None:
+        stub = quota_service_pb2_grpc.QuotaServiceStub(self._client.channel)
+        request = quota_service_pb2.UpdateQuotaRequest(
+            project_id=self._client.project_id,
+            limits=quota_pb2.QuotaLimits(instance_count=-1, vcpu_count=-1, memory_mib=-1),
+        )
+        request.update_mask.paths.extend(["instance_count", "vcpu_count", "memory_mib"])
+        await self._client.mutate(stub.UpdateQuota, request, quota_pb2.Quota, system=True)
+
+    async def _upload(self, name: str) -> str:
+        client = self._client
+        stub = image_service_pb2_grpc.ImageServiceStub(client.channel)
+        image = await client.mutate(
+            stub.CreateImage,
+            image_service_pb2.CreateImageRequest(
+                name=name, spec=image_pb2.ImageSpec(disk_format=image_pb2.DISK_FORMAT_RAW)
+            ),
+            image_pb2.Image,
+        )
+        content = bytes(_IMAGE_BYTES)
+
+        async def parts() -> AsyncIterator[image_service_pb2.UploadImageDataRequest]:
+            part = image_service_pb2.UploadImageDataRequest
+            yield part(start=image_service_pb2.UploadStart(id=image.metadata.id))
+            yield part(chunk=content)
+            yield part(end=image_service_pb2.UploadEnd(sha256=hashlib.sha256(content).hexdigest()))
+
+        await stub.UploadImageData(parts(), metadata=client.metadata(), timeout=60)
+        return str(image.metadata.id)
+
+
+def _at(values: Sequence[float], percent: int) -> float:
+    if len(values) < 2:
+        return round(max(values, default=0.0), 3)
+    return round(statistics.quantiles(values, n=100)[percent - 1], 3)
