@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
+import hypothesis
 import pytest
 import structlog
 
+import ports
 from mcloud_base import logs, rpc
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what is seen as expected")
+
+
+# How long an example takes says nothing on a machine that has other work.
+hypothesis.settings.register_profile(
+    "mcloud", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("mcloud")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,16 +49,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def free_ports() -> Callable[[int], list[int]]:
     """Return ports that nobody listens on."""
 
-    def find(count: int) -> list[int]:
-        sockets = [socket.socket() for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [int(each.getsockname()[1]) for each in sockets]
-        for each in sockets:
-            each.close()
-        return ports
-
-    return find
+    return lambda count: [ports.free() for _ in range(count)]
 
 
 @pytest.fixture

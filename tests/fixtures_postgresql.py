@@ -9,17 +9,19 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import psycopg
 import pytest
+
+import ports
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 # Of the services: a process that runs several has a database for each.
@@ -46,61 +48,84 @@ class Server:
             connection.execute(statement.encode())
 
 
+class Running:
+    """A server in a process; nothing is synced to disk. It can be stopped and started again.
+
+    Args:
+        directory: for its files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        user = _unprivileged_user()
+        account = pwd.getpwnam(user)
+        # (Not by subprocess's `user`, with which it forks, and with it whatever runs gRPC.)
+        ids = ["--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--clear-groups"]
+        self._setpriv: list[str] = ["setpriv", *(ids if os.geteuid() == 0 else [])]
+        self.server = Server(user, ports.free())
+        shutil.chown(directory, user)
+        options = ["-D", directory / "data", "-U", user, "--auth=trust", "--no-sync"]
+        subprocess.run(
+            [*self._setpriv, BINARIES / "initdb", *options],
+            check=True,
+            cwd=directory,
+            stdout=subprocess.DEVNULL,
+        )
+        self.start()
+        for name in DATABASES:
+            self.server.execute(f"CREATE DATABASE {name}")
+
+    def start(self) -> None:
+        """Start it, and wait until it accepts connections."""
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.server.port,
+            "unix_socket_directories": self._directory,
+            "fsync": "off",
+            "synchronous_commit": "off",
+            "full_page_writes": "off",
+            "max_connections": 200,
+            "shared_buffers": "32MB",
+        }
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        program = [BINARIES / "postgres", "-D", self._directory / "data", *arguments]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                # Ends, fast, with the process that tests, however that ends.
+                [*self._setpriv, "--pdeathsig", "INT", *program],
+                cwd=self._directory,
+                stdout=log,
+                stderr=log,
+            )
+        _await_start(self.server, self._process, self._directory / "log")
+
+    def stop(self) -> None:
+        """Stop it; clients are disconnected."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(timeout=_START_S)
+
+
+@contextmanager
+def running() -> Iterator[Running]:
+    """Start a server in a directory of its own; remove both at the end."""
+    if not (BINARIES / "postgres").exists():
+        pytest.skip("Debian's postgresql package is not installed")
+    directory = Path(tempfile.mkdtemp(prefix="mcloud-postgresql-"))
+    try:
+        made = Running(directory)
+        try:
+            yield made
+        finally:
+            made.stop()
+    finally:
+        shutil.rmtree(directory)
+
+
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[Server]:
     """Start a server for the session: nothing is synced to disk, nothing outlives it."""
-    if not (BINARIES / "postgres").exists():
-        pytest.skip("Debian's postgresql package is not installed")
-    user = _unprivileged_user()
-    directory = Path(tempfile.mkdtemp(prefix="mcloud-postgresql-"))
-    shutil.chown(directory, user)
-    data = directory / "data"
-    as_root = os.geteuid() == 0
-    account = pwd.getpwnam(user)
-    uid, gid = (account.pw_uid, account.pw_gid) if as_root else (None, None)
-    groups: list[int] | None = [] if as_root else None
-    subprocess.run(
-        [BINARIES / "initdb", "-D", data, "-U", user, "--auth=trust", "--no-sync"],
-        check=True,
-        cwd=directory,
-        stdout=subprocess.DEVNULL,
-        user=uid,
-        group=gid,
-        extra_groups=groups,
-    )
-    port = _free_port()
-    options = {
-        "listen_addresses": "127.0.0.1",
-        "port": port,
-        "unix_socket_directories": directory,
-        "fsync": "off",
-        "synchronous_commit": "off",
-        "full_page_writes": "off",
-        "max_connections": 200,
-        "shared_buffers": "32MB",
-    }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            # Ends, fast, with the process that tests, however that ends.
-            ["setpriv", "--pdeathsig", "INT", BINARIES / "postgres", "-D", data, *arguments],
-            cwd=directory,
-            stdout=log,
-            stderr=log,
-            user=uid,
-            group=gid,
-            extra_groups=groups,
-        )
-    server = Server(user, port)
-    try:
-        _await_start(server, process, directory / "log")
-        for name in DATABASES:
-            server.execute(f"CREATE DATABASE {name}")
-        yield server
-    finally:
-        process.send_signal(signal.SIGINT)  # fast: clients are disconnected
-        process.wait(timeout=_START_S)
-        shutil.rmtree(directory)
+    with running() as made:
+        yield made.server
 
 
 @pytest.fixture
@@ -125,12 +150,6 @@ def _unprivileged_user() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     known = {entry.pw_name for entry in pwd.getpwall()}
     return "postgres" if "postgres" in known else "nobody"
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _await_start(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:

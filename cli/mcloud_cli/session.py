@@ -47,7 +47,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._channel: grpc.Channel | None = None
+        self._channels: dict[str, grpc.Channel] = {}
         self._logged_in: dict[bool, profile.Token] = {}
 
     # --- where and who ---
@@ -63,7 +63,7 @@ class Session:
 
     @cached_property
     def endpoint(self) -> str:
-        """host:port of the cloud.
+        """host:port of the cloud, or several, with commas.
 
         Raises:
             errors.Unauthenticated: NOT_LOGGED_IN, none is known.
@@ -181,17 +181,26 @@ class Session:
 
     # --- calls ---
 
-    @property
-    def channel(self) -> grpc.Channel:
-        """The connection; made at first use."""
-        if self._channel is None:
-            self._channel = _open_channel(self.endpoint, self.ca)
-        return self._channel
+    def _channel(self, name: str) -> grpc.Channel:
+        """Return the connection to the service of an rpc; made at first use."""
+        domain = name.partition(".")[0]
+        where = self.endpoint
+        if domain != "identity":
+            where = self._endpoints.get(domain, where)
+        if where not in self._channels:
+            self._channels[where] = _open_channel(where, self.ca)
+        return self._channels[where]
+
+    @cached_property
+    def _endpoints(self) -> dict[str, str]:
+        """Where services are that are not at the cloud's endpoint, as the cloud says."""
+        answer = self.call("identity.EndpointService/ListEndpoints")
+        return {each.service: each.address for each in answer.endpoints if each.address}
 
     def close(self) -> None:
-        """Close the connection."""
-        if self._channel is not None:
-            self._channel.close()
+        """Close the connections."""
+        for channel in self._channels.values():
+            channel.close()
 
     def call(
         self, name: str, /, *, timeout_s: float = _TIMEOUT_S, as_system: bool = False, **fields: Any
@@ -212,7 +221,7 @@ class Session:
         if method.has_request_id:
             fields.setdefault("request_id", ids.request_id())
         request = method.request(**fields)
-        send = self.channel.unary_unary(
+        send = self._channel(name).unary_unary(
             method.path,
             request_serializer=method.request.SerializeToString,  # type: ignore[attr-defined]
             response_deserializer=method.response.FromString,
@@ -236,7 +245,7 @@ class Session:
         from mcloud_cli import contract
 
         method = contract.method(name)
-        send = self.channel.unary_stream(
+        send = self._channel(name).unary_stream(
             method.path,
             request_serializer=method.request.SerializeToString,  # type: ignore[attr-defined]
             response_deserializer=method.response.FromString,
@@ -263,7 +272,7 @@ class Session:
         from mcloud_cli import contract
 
         method = contract.method(name)
-        send = self.channel.stream_unary(
+        send = self._channel(name).stream_unary(
             method.path,
             request_serializer=method.request.SerializeToString,  # type: ignore[attr-defined]
             response_deserializer=method.response.FromString,
@@ -382,7 +391,7 @@ def _open_channel(endpoint: str, ca: str) -> grpc.Channel:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
-    from mcloud_base import rpc
+    from mcloud_base import endpoints, rpc
 
     authority = None
     if ca:
@@ -390,5 +399,7 @@ def _open_channel(endpoint: str, ca: str) -> grpc.Channel:
             authority = Path(ca).expanduser().read_bytes()
         except OSError as error:
             raise click.UsageError(f"cannot read the authority: {error}") from error
-    options = [*rpc.CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100)]
-    return grpc.secure_channel(endpoint, grpc.ssl_channel_credentials(authority), options)
+    credentials = grpc.ssl_channel_credentials(authority)
+    return grpc.secure_channel(
+        endpoints.target(endpoint), credentials, rpc.channel_options(endpoint)
+    )

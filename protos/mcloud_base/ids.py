@@ -76,6 +76,14 @@ def prefix_of(text: str) -> str:
     return match[1] if match and match[1] in PREFIXES else ""
 
 
+def time_of(id_: str) -> int:
+    """Return when a well-formed id was made: µs since 1970, exact to a millisecond."""
+    number = 0
+    for sign in id_.partition("-")[2]:
+        number = number << 5 | _ALPHABET.index(sign)
+    return (number >> 52) * 1000
+
+
 def request_id() -> str:
     """Make a request id (AIP-155): a UUID that a retry of the same call repeats."""
     return str(uuid.uuid4())

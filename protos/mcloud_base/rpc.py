@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import grpc
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
-from mcloud_base import errors
+from mcloud_base import endpoints, errors
 
 # Both ends must agree on keep-alive: a server answers pings that are more frequent than it allows
 # with GOAWAY. Source: https://grpc.github.io/grpc/cpp/md_doc_keepalive.html
@@ -25,6 +25,10 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.max_send_message_length", 8 << 20),
     ("grpc.enable_retries", 0),  # retried here, where the deadline and the error's type are known
+    # Each call goes to the next of the addresses that answer.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
 # google.rpc.Status of a failed call, in its trailing metadata.
@@ -33,6 +37,9 @@ STATUS_KEY = "grpc-status-details-bin"
 # What grpc.aio's client says where a message cannot be sent because the server has just ended the
 # call; what the server said is lost with it.
 _TORN = "Internal error from Core"
+
+# Refusals of RESOURCE_EXHAUSTED that are of the moment: nothing was begun.
+_BUSY = frozenset({"TOO_MANY_REQUESTS", "DATABASE_BUSY"})
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
@@ -49,19 +56,31 @@ class UnaryCall(Protocol[RequestT, ResponseT]):
 
 
 def channel(
-    target: str, credentials: grpc.ChannelCredentials, *, server_name: str = ""
+    where: str, credentials: grpc.ChannelCredentials, *, server_name: str = ""
 ) -> grpc.aio.Channel:
     """Open an asynchronous channel.
 
     Args:
-        target: host:port.
+        where: host:port, or several that answer alike, with commas (endpoints.py).
         credentials: TLS always; a client certificate for the internal port.
-        server_name: what the server's certificate must say, if not the target's host.
+        server_name: what the server's certificate must say, if not the host of `where`.
+
+    Raises:
+        errors.InvalidArgument: BAD_ENDPOINT.
     """
-    options = list(CHANNEL_OPTIONS)
-    if server_name:
-        options.append(("grpc.ssl_target_name_override", server_name))
-    return grpc.aio.secure_channel(target, credentials, options=options)
+    options = channel_options(where, server_name)
+    return grpc.aio.secure_channel(endpoints.target(where), credentials, options=options)
+
+
+def channel_options(where: str, server_name: str = "") -> list[tuple[str, Any]]:
+    """Return the options of a channel; of several addresses the certificate's common name counts.
+
+    Args: as `channel` takes them.
+    """
+    if not server_name and "," in where:
+        server_name = endpoints.SERVICE_NAME
+    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+    return [*CHANNEL_OPTIONS, *named]
 
 
 def bearer(token: str) -> Metadata:
@@ -76,8 +95,9 @@ async def call(
     timeout_s: float = 10,
     metadata: Metadata | Callable[[], Metadata] = (),
 ) -> ResponseT:
-    """Call a unary method; try again on UNAVAILABLE, with back-off and jitter, until the deadline.
+    """Call a unary method; try again while the server is unavailable or busy, until the deadline.
 
+    With back-off and jitter, and not before the server's RetryInfo says.
     Safe because mutations carry request ids and internal calls are idempotent.
 
     Raises:
@@ -92,10 +112,26 @@ async def call(
             return await method(request, timeout=left, metadata=tuple(values) or None)
         except grpc.RpcError as error:
             reason = from_rpc_error(error)
-            if not isinstance(reason, errors.Unavailable) or time.monotonic() + pause >= end:
+            if not _passes(reason):
                 raise reason from error
-        await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 (jitter, not a secret)
+            wait = max(pause, asked_to_wait_s(reason)) * random.uniform(0.8, 1.2)  # noqa: S311
+            if time.monotonic() + wait >= end:
+                raise reason from error
+        await asyncio.sleep(wait)
         pause = min(pause * 2, 2.0)
+
+
+def asked_to_wait_s(error: errors.Error) -> float:
+    """Return how long the server asks a caller to wait before the next try; 0 if it does not."""
+    info = errors.find_detail(error, error_details_pb2.RetryInfo)
+    if not isinstance(info, error_details_pb2.RetryInfo):
+        return 0.0
+    return float(info.retry_delay.ToMilliseconds()) / 1000
+
+
+def _passes(error: errors.Error) -> bool:
+    """Tell whether the same call may succeed a little later."""
+    return isinstance(error, errors.Unavailable) or error.reason in _BUSY
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ class Blow:
     """One thing that is to happen."""
 
     place: Place
-    what: str  # "fail", "repeat", "kill"
+    what: str  # "fail", "repeat", "kill", "stand"
     times: int = 1  # -1: always
 
 
@@ -49,6 +50,22 @@ class Plan:
             return set()
         return {tuple(line.split("\t")) for line in self._visited.read_text().splitlines()}
 
+    async def _stand(self) -> None:
+        """Stand still until this process gets a SIGUSR1."""
+        released = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, released.set)
+        (self._visited.parent / "standing").touch()
+        await released.wait()
+
+    def is_standing(self) -> bool:
+        """Tell, once, whether a process has come to stand."""
+        mark = self._visited.parent / "standing"
+        if not mark.exists():
+            return False
+        mark.unlink()
+        return True
+
     async def probe(self, *place: str) -> None:
         """Note the place, and do what the plan says.
 
@@ -66,6 +83,9 @@ class Plan:
         self.arm(*(each for each in blows if each.times))  # first: it must not happen again
         if blow.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if blow.what == "stand":
+            await self._stand()
+            return
         if blow.what == "repeat":
             raise errors.Unavailable("INJECTED_REPEAT", f"to be repeated: {' '.join(place)}")
         raise errors.Internal("INJECTED_FAILURE", f"made to fail: {' '.join(place)}")

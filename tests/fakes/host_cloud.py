@@ -128,6 +128,11 @@ class HostCloud:
         self._agent_pid = int(pid_file.read_text())
         self.agent_wanted = True
 
+    @property
+    def agent_pid(self) -> int:
+        """The agent's process, as the machine counts."""
+        return self._agent_pid
+
     def kill_agent(self) -> None:
         """End the agent, and let it be."""
         self.agent_wanted = False
@@ -189,7 +194,7 @@ class HostCloud:
             f'underlay_ip = "{UNDERLAY}.11"\n'
             'underlay_device = "br-ex"\n'
             'physical_networks = { external = "br-ex" }\n'
-            "report_interval_s = 2\n"
+            'report_interval_s = 2\nlog_level = "debug"\n'
         )
         token = self.call(
             "identity.EnrolmentService/CreateJoinToken",

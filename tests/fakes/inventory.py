@@ -10,7 +10,7 @@ from typing import Any
 from fakes.host_cloud import HostCloud
 
 # What a row is, and which rows are meant.
-_ROWS = {
+ROWS = {
     "compute": {
         "claim": "SELECT domain_id, host_id FROM claim",
         "domain": "SELECT id, state FROM domain WHERE absent_time IS NULL",
@@ -52,7 +52,7 @@ def take(cloud: HostCloud) -> set[str]:
 
 def _of_databases(state_dir: Path) -> set[str]:
     found = set()
-    for name, queries in _ROWS.items():
+    for name, queries in ROWS.items():
         connection = sqlite3.connect(f"file:{state_dir / name}.db?mode=ro", uri=True, timeout=20)
         try:
             for what, query in queries.items():

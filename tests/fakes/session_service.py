@@ -54,6 +54,9 @@ class ServerStream:
         answer = session_pb2.Acknowledgement(sequence=sequence)
         self._out.put_nowait(session_pb2.SessionResponse(acknowledgement=answer))
 
+    def say(self, message: session_pb2.SessionResponse) -> None:
+        self._out.put_nowait(message)
+
     def ask_for_listing(self, id_: str) -> None:
         request = session_pb2.ListingRequest(id=id_)
         self._out.put_nowait(session_pb2.SessionResponse(listing_request=request))

@@ -29,9 +29,9 @@ from mcloud.scheduler.v1 import placement_service_pb2 as placement
 from mcloud.scheduler.v1 import placement_service_pb2_grpc
 from mcloud.volume.v1 import export_pb2
 from mcloud.volume.v1 import session_service_pb2_grpc as volume_grpc
-from mcloud_agents.enrolment import SERVICE_NAME, Files, Membership
+from mcloud_agents.enrolment import Files, Membership
 from mcloud_agents.volume import daemon
-from mcloud_base import ids, tls
+from mcloud_base import endpoints, ids, tls
 
 pytestmark = [
     pytest.mark.host,
@@ -68,7 +68,7 @@ class ControlPlane:
 
     @asynccontextmanager
     async def serving(self, authority: pki.Authority, endpoint: str) -> AsyncIterator[None]:
-        own = authority.identity("conductor", dns=(SERVICE_NAME,))
+        own = authority.identity("conductor", dns=(endpoints.SERVICE_NAME,))
         server = grpc.aio.server()
         domain_service_pb2_grpc.add_SessionServiceServicer_to_server(self.conductor, server)  # type: ignore[arg-type]
         network_grpc.add_SessionServiceServicer_to_server(self.network, server)  # type: ignore[arg-type]

@@ -5,18 +5,25 @@ One cloud and one instance for all tests of this file; they build on each other 
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 
+from fakes import secrecy
 from fakes.host_cloud import HostCloud, _request
 from fakes.real_guest import Guest, allow, boot, build
+from fakes.secrecy import Secret
 from mcloud.common.v1 import operation_pb2
 from mcloud.compute.v1 import flavor_pb2, instance_pb2, instance_service_pb2
+from mcloud.identity.v1 import user_pb2
 from mcloud.network.v1 import security_group_service_pb2
+from mcloud_base import errors, ids
 
 pytestmark = pytest.mark.host
 
 Step = operation_pb2.OperationStep
 State = instance_pb2.InstanceStatus.State
+USER_DATA_SECRET = b"only-for-the-guest-5e1f09"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def guest(host_cloud: HostCloud, tmp_path_factory: pytest.TempPathFactory) -> Gu
         build("guest-image", "guest.qcow2", timeout_s=300),
         tmp_path_factory.mktemp("keys"),
         flavor=flavor_pb2.FlavorSpec(vcpu_count=1, memory_mib=128, disk_gib=1),
-        user_data=b"#!/bin/sh\necho told by user data > /root/told\n",
+        user_data=b"#!/bin/sh\n# " + USER_DATA_SECRET + b"\necho told by user data > /root/told\n",
     )
 
 
@@ -122,6 +129,50 @@ def test_a_removed_rule_closes_the_door(guest: Guest) -> None:
     guest.cloud.until(lambda: guest.ssh("true").returncode != 0)
     allow(guest.cloud, guest.security_group, "tcp", 22)
     assert guest.says("hostname") == "stack-testvm"
+
+
+def test_secrets_are_only_where_they_must_be(guest: Guest) -> None:
+    cloud = guest.cloud
+    password = secrets.token_urlsafe(24)
+    user = cloud.make(
+        *_request("identity.UserService/CreateUser", name="ada", spec={}, password=password),
+        user_pb2.User,
+        system=True,
+    )
+    wrong = secrets.token_urlsafe(24)
+    for given in (wrong, password):  # one fails, and is logged; the other has no project yet
+        with pytest.raises(errors.Error):
+            cloud.call(
+                *_request(
+                    "identity.TokenService/CreateToken",
+                    password={"user_name": user.metadata.name, "password": given},
+                )
+            )
+    credential = cloud.call(
+        *_request(
+            "identity.ApplicationCredentialService/CreateApplicationCredential",
+            request_id=ids.request_id(),
+            name="robot",
+        )
+    )
+    join = cloud.call(
+        *_request(
+            "identity.EnrolmentService/CreateJoinToken", request_id=ids.request_id(), name="h2"
+        ),
+        system=True,
+    )
+    admin = (cloud.state_dir / "admin-password").read_text().strip()
+    known = [
+        Secret("the administrator's password", admin.encode(), ("cp/admin-password",)),
+        Secret("a user's password", password.encode()),
+        Secret("a wrong password", wrong.encode()),
+        Secret("an application credential", credential.secret.encode()),
+        Secret("a join token", join.secret.encode()),
+        # Of the instance's row, and what its host gives the guest.
+        Secret("user data", USER_DATA_SECRET, ("cp/compute.db*", "*/guest_data/*")),
+    ]
+    assert not secrecy.shown_by_processes(known)
+    assert not secrecy.found_in_files(cloud.root, known)
 
 
 def test_delete_leaves_nothing(guest: Guest) -> None:

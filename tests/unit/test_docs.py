@@ -19,11 +19,13 @@ from pydantic_core import PydanticUndefined
 from mcloud_agents import settings as agent_settings
 from mcloud_cli.main import main
 from mcloud_controlplane import settings as controlplane_settings
+from mcloud_controlplane.__main__ import main as controlplane
 from mcloud_controlplane.core import pki
 from mcloud_controlplane.identity import enrolment_store
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "deploy.md"
+OPERATE = ROOT / "docs" / "operate.md"
 UNITS = ROOT / "scripts" / "systemd"
 END = "<!-- end -->"
 MODELS: dict[str, type[BaseModel]] = {
@@ -134,7 +136,8 @@ def test_examples_of_settings_load() -> None:
 
 
 def test_commands_of_the_guide_exist() -> None:
-    lines = re.findall(r"(?m)(?:^ *|`)mcloud ((?:--\w+ )?[a-z][^`\n\\#>]*)", GUIDE.read_text())
+    text = GUIDE.read_text() + OPERATE.read_text()
+    lines = re.findall(r"(?m)(?:^ *(?:\$ )?|`)mcloud ((?:--\w+ )?[a-z][^`\n\\#>]*)", text)
     assert len(lines) > 6
     for line in lines:
         command: click.Command = main
@@ -145,6 +148,11 @@ def test_commands_of_the_guide_exist() -> None:
             assert found is not None, f"mcloud {line}"
             command = found
         assert not isinstance(command, click.Group), f"mcloud {line}"
+
+
+def test_commands_of_the_daemon_are_told() -> None:
+    told = set(re.findall(r"mcloud-controlplane ([a-z]+)", OPERATE.read_text()))
+    assert told == set(controlplane.commands)
 
 
 @pytest.mark.parametrize("program", ["mcloud-controlplane", "mcloud-agent"])

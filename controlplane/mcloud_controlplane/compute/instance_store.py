@@ -41,7 +41,7 @@ def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
     silent = {
         row.host_id
         for row in sessions.select(sessions.host_id).where(
-            sessions.host_id.in_(found) & (sessions.lease_expire_time < database.now())
+            sessions.host_id.in_(found) & ~shared.connected()
         )
     }
     return [_message(row, hosts.get(row.host_id, ""), row.host_id in silent) for row in rows]
@@ -333,6 +333,10 @@ def delete(
     work: Mutation, request: instance_service_pb2.DeleteInstanceRequest
 ) -> instance_pb2.Instance | None:
     """Free name and quota at once, stop whatever works on the instance, and leave the rest."""
+    table = shared.operation
+    in_the_way = get(work.caller, request.id).operation_id
+    # Runners lock their operation, then the instance: so does this.
+    locked(table.select(table.id).where(table.id == in_the_way)).first()
     row = get(work.caller, request.id, lock=True)
     convert.require_version(row, request.resource_version)
     work.concerns("instance", row.id, row.name, row.project_id)
@@ -341,7 +345,6 @@ def delete(
         return messages([row])[0]
     job: dict[str, Any] = {"preempted": preempted, "domain_id": row.domain_id}
     if preempted:
-        table = shared.operation
         earlier = table.get_or_none(table.id == preempted)
         if earlier is not None:
             job["domain_id"] = json.loads(earlier.job).get("domain_id", row.domain_id)

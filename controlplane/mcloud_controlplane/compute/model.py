@@ -6,11 +6,9 @@ from typing import TypeVar
 
 import peewee
 
-from mcloud_controlplane.core import schema, tables
+from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.tables import JsonField, Resource
-
-SCHEMA_VERSION = 1
 
 QueryT = TypeVar("QueryT")
 
@@ -109,6 +107,7 @@ class Domain(peewee.Model):
     error = peewee.BlobField(null=True)  # google.rpc.Status: why the generation is not reached
     create_time = peewee.BigIntegerField()
     absent_time = peewee.BigIntegerField(null=True)  # set when the host reported it gone
+    unproven = peewee.BooleanField(default=False)  # restored; its host has yet to say so
 
     class Meta:
         database = database
@@ -182,7 +181,21 @@ class Placement(peewee.Model):
         primary_key = peewee.CompositeKey("domain_id", "attempt")
 
 
-MODELS = (Flavor, KeyPair, Quota, Instance, Domain, Host, Claim, Placement)
+class HostListing(peewee.Model):
+    """A question to a host: what is on it. The process that has its session answers."""
+
+    request_id = peewee.TextField()  # of the questions that were asked together
+    host_id = peewee.TextField()
+    expire_time = peewee.BigIntegerField(index=True)
+    listing = peewee.BlobField(null=True)  # mcloud.common.v1.Listing; null: not answered
+
+    class Meta:
+        database = database
+        table_name = "host_listing"
+        primary_key = peewee.CompositeKey("request_id", "host_id")
+
+
+MODELS = (Flavor, KeyPair, Quota, Instance, Domain, Host, Claim, Placement, HostListing)
 
 
 def locked(query: QueryT) -> QueryT:
@@ -194,6 +207,6 @@ def locked(query: QueryT) -> QueryT:
     return query.for_update() if database.for_update else query  # type: ignore[attr-defined]
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, process: processes.Process | None = None) -> Database:
     """Open the compute database; its tables are made where they are missing."""
-    return schema.open_database(url, database, shared, MODELS, version=SCHEMA_VERSION)
+    return schema.open_database("compute", url, database, shared, process)

@@ -9,9 +9,10 @@ from mcloud.compute.v1 import (
     key_pair_service_pb2_grpc,
     operation_service_pb2_grpc,
     quota_service_pb2_grpc,
+    schema_service_pb2_grpc,
 )
 from mcloud.scheduler.v1 import placement_service_pb2_grpc
-from mcloud_controlplane.compute import model
+from mcloud_controlplane.compute import model, pruning
 from mcloud_controlplane.compute.flavor_service import FlavorServicer
 from mcloud_controlplane.compute.host_service import HostServicer
 from mcloud_controlplane.compute.instance_service import InstanceServicer
@@ -19,7 +20,9 @@ from mcloud_controlplane.compute.key_pair_service import KeyPairServicer
 from mcloud_controlplane.compute.quota_service import QuotaServicer
 from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.operations import OperationServicer
+from mcloud_controlplane.core.pruner import Pruner
 from mcloud_controlplane.core.runtime import Runtime
+from mcloud_controlplane.core.schema_service import SchemaServicer
 
 
 def register(runtime: Runtime) -> None:
@@ -48,3 +51,15 @@ def register(runtime: Runtime) -> None:
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         OperationServicer(opened, model.shared),
     )
+    runtime.add(
+        schema_service_pb2_grpc.add_SchemaServiceServicer_to_server,
+        SchemaServicer("compute", opened, model.shared, runtime.process),
+    )
+    pruner = Pruner(
+        opened,
+        model.shared,
+        runtime.settings,
+        still_needed=pruning.needed_operations,
+        also=pruning.prunes(runtime.settings),
+    )
+    runtime.background(pruner.run(), "pruner of compute")

@@ -74,7 +74,9 @@ class Domains:
 
     async def _until(self, domain_id: str, look: Any, timeout_s: float) -> None:
         try:
-            found = await self._database.until(look, timeout_s=timeout_s, types=("domain",))
+            found = await self._database.until(
+                look, timeout_s=timeout_s, types=("domain",), id_=domain_id
+            )
         except TimeoutError as error:
             row = await self._database.read(store.find_domain, domain_id)
             last = store.domain_error(row) if row is not None else None

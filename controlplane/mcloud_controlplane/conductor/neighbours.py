@@ -6,14 +6,19 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mcloud.identity.v1 import invariant_service_pb2_grpc as identity_grpc
 from mcloud.image.v1 import image_pb2, image_service_pb2, image_service_pb2_grpc
+from mcloud.image.v1 import invariant_service_pb2_grpc as image_grpc
+from mcloud.network.v1 import invariant_service_pb2_grpc as network_grpc
 from mcloud.network.v1 import port_pb2, port_service_pb2, port_service_pb2_grpc
+from mcloud.scheduler.v1 import invariant_service_pb2_grpc as scheduler_grpc
 from mcloud.scheduler.v1 import placement_service_pb2, placement_service_pb2_grpc
 from mcloud.volume.v1 import (
     attachment_pb2,
     attachment_service_pb2,
     attachment_service_pb2_grpc,
 )
+from mcloud.volume.v1 import invariant_service_pb2_grpc as volume_grpc
 from mcloud_base import errors, rpc
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.core.workflow import Job
@@ -33,6 +38,16 @@ class Neighbours:
         self.placement = placement_service_pb2_grpc.PlacementServiceStub(
             runtime.channel("scheduler")
         )
+        self.network_invariants = network_grpc.InvariantServiceStub(runtime.channel("network"))
+        self.volume_invariants = volume_grpc.InvariantServiceStub(runtime.channel("volume"))
+        # By the service that proves its own records.
+        self.invariants: dict[str, Any] = {
+            "identity": identity_grpc.InvariantServiceStub(runtime.channel("identity")),
+            "image": image_grpc.InvariantServiceStub(runtime.channel("image")),
+            "network": self.network_invariants,
+            "scheduler": scheduler_grpc.InvariantServiceStub(runtime.channel("scheduler")),
+            "volume": self.volume_invariants,
+        }
 
     async def ensure_port(
         self, job: Job, nic: Mapping[str, Any], spec: port_pb2.PortSpec, hostname: str

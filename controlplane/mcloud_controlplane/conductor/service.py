@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Collection
 
 import structlog
 
@@ -16,19 +17,23 @@ from mcloud.conductor.v1 import (
 from mcloud.identity.v1 import token_service_pb2, token_service_pb2_grpc
 from mcloud_base import rpc
 from mcloud_controlplane.compute import model
-from mcloud_controlplane.conductor import domain_view, store
+from mcloud_controlplane.conductor import domain_view, repair, store
+from mcloud_controlplane.conductor.adoption import Adopter
 from mcloud_controlplane.conductor.change_power import ChangePower
 from mcloud_controlplane.conductor.change_volume import ChangeVolume
 from mcloud_controlplane.conductor.create_instance import CreateInstance
 from mcloud_controlplane.conductor.delete_instance import DeleteInstance
 from mcloud_controlplane.conductor.domains import Domains
+from mcloud_controlplane.conductor.host_listings import HostListings
 from mcloud_controlplane.conductor.neighbours import Neighbours
 from mcloud_controlplane.conductor.reclaimer import Reclaimer
+from mcloud_controlplane.conductor.sweeper import Sweeper
 from mcloud_controlplane.conductor.verify import VerifyServicer
-from mcloud_controlplane.core import auth, convert, database, sessions
+from mcloud_controlplane.core import auth, convert, database, invariants, sessions
 from mcloud_controlplane.core import workflow as workflows
 from mcloud_controlplane.core.auth import Context
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.runtime import Runtime
 
 log = structlog.get_logger()
@@ -104,7 +109,15 @@ def workflows_of_instances(
         *ChangePower(opened, domains).workflows(),
         *ChangeVolume(opened, neighbours, domains).workflows(),
     ]
+    names = {repair.WORKFLOW, *(table.name for table in tables)}
+    mender = repair.Mender(opened, neighbours, domains, own_invariants(names))
+    tables.append(repair.RepairFindings(mender).workflow())
     return {table.name: table for table in tables}
+
+
+def own_invariants(names: Collection[str]) -> tuple[invariants.Invariant, ...]:
+    """Return what the compute database proves of itself, given the names of its workflows."""
+    return (invariants.of_operations(model.shared, names),)
 
 
 def register(runtime: Runtime) -> None:
@@ -118,17 +131,20 @@ def register(runtime: Runtime) -> None:
         domain_service_pb2_grpc.add_DomainServiceServicer_to_server, DomainServicer(opened, tokens)
     )
     runtime.add(domain_service_pb2_grpc.add_SessionServiceServicer_to_server, hosts)
+    table = workflows_of_instances(opened, neighbours, domains)
+    own = own_invariants(table)
+    listings = HostListings(opened, hosts, runtime.settings.verify_host_wait_s)
+    frame = Frame(opened, model.shared, "cop", runtime.settings.operation_deadline_s)
     runtime.add(
         verify_service_pb2_grpc.add_VerifyServiceServicer_to_server,
-        VerifyServicer(opened, neighbours, hosts),
+        VerifyServicer(opened, frame, neighbours, listings, own, runtime.settings.verify_confirm_s),
     )
-    runner = workflows.Runner(
-        opened,
-        model.shared,
-        workflows_of_instances(opened, neighbours, domains),
-        lease_s=runtime.settings.operation_lease_s,
-        probe=runtime.probe,
-        host_name=socket.gethostname(),
-    )
-    runtime.background(runner.run(), "workflows of instances")
+    runtime.run_workflows(opened, model.shared, table)
     runtime.background(Reclaimer(opened, neighbours, domains).run(), "reclaimer")
+    adopter = Adopter(opened, listings, runtime.settings.operation_deadline_s)
+    runtime.background(adopter.run(), "adoption of restored domains")
+    runtime.background(listings.serve(), "listings of hosts")
+    mender = repair.Mender(opened, neighbours, domains, own)
+    runtime.background(
+        Sweeper(opened, neighbours, mender, runtime.settings).run(), "sweeper of instances"
+    )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.rpc import status_pb2
+from peewee import JOIN
 
 from mcloud.common.v1 import session_pb2
 from mcloud.compute.v1 import instance_pb2
@@ -14,6 +15,7 @@ from mcloud_base import errors, ids
 from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, locked, shared
 from mcloud_controlplane.core import contract, database, sessions, tables
 from mcloud_controlplane.core import workflow as workflows
+from mcloud_controlplane.core.session_follower import Pending
 
 State = domain_pb2.DomainStatus.State
 
@@ -36,6 +38,12 @@ class DomainSource(sessions.Source):
             (Domain.host_id == host_id) & (Domain.observed_generation < Domain.generation)
         )
 
+    def pending(self) -> Sequence[Pending]:
+        """Return the domains whose present generation their hosts have not reached."""
+        query: Any = Domain.select(Domain.host_id, Domain.id, Domain.generation, Domain.absent)
+        behind = _is_asked() & (Domain.observed_generation < Domain.generation)
+        return [Pending(*row) for row in query.where(behind).tuples()]
+
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return every domain that is, or is to be removed, there."""
         return _desired(Domain.host_id == host_id)
@@ -45,11 +53,25 @@ class DomainSource(sessions.Source):
         apply_domain_status(host_id, incarnation, report)
 
 
+def _is_asked() -> Any:
+    """Return the condition that something is desired of a domain.
+
+    Of a restored one nothing is but its absence, until its host has said that it is there: it may
+    have been removed since, and is not to be built again.
+    """
+    return Domain.absent_time.is_null() & (Domain.absent | ~Domain.unproven)
+
+
 def _desired(condition: Any) -> list[session_pb2.Desired]:
     query = (
         Domain.select(Domain, Instance.power_state)
-        .join(Instance, on=(Instance.id == Domain.instance_id), attr="instance")
-        .where(condition & Domain.absent_time.is_null())
+        .join(
+            Instance,
+            JOIN.LEFT_OUTER,  # tombstones may be of what no instance names (repair_store.py)
+            on=(Instance.id == Domain.instance_id),
+            attr="instance",
+        )
+        .where(condition & _is_asked() & (Domain.absent | Instance.id.is_null(False)))
         .order_by(Domain.create_time)
     )
     rows: Iterable[Any] = query
@@ -94,6 +116,10 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
     if status.steps and operation_id and status.desired_generation == row.generation:
         workflows.save_trace(shared, operation_id, 1, list(status.steps))
         tables.changed("operation", operation_id, row.project_id)
+    if row.unproven:
+        # Boots since the backup was taken count: the next one asked for is to be a higher one.
+        missed = (Instance.id == row.instance_id) & (Instance.boot_number < status.boot_number)
+        Instance.update(boot_number=status.boot_number).where(missed).execute()
     _follow_domain(row, status)
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import random
+import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -32,8 +35,12 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _CHANNEL = "mcloud"  # of PostgreSQL's NOTIFY
+_PAYLOAD_BYTES = 7000  # of one notice; PostgreSQL takes 8,000
 _RETRIES = 5
+_LOCK_S = 5.0  # for which SQLite waits for a file that another program has locked
+_FULL_BYTES = 1 << 20
 _POLL_S = 2.0  # the net under the wake-ups
+_CLOCK_S = 10.0  # how often the server is asked for the time
 
 # When the rpc that is being served must have ended; monotonic seconds.
 deadline: contextvars.ContextVar[float | None] = contextvars.ContextVar("deadline", default=None)
@@ -53,9 +60,17 @@ class _Listener:
     loop: asyncio.AbstractEventLoop
     event: asyncio.Event
     types: frozenset[str]  # empty: all
+    id: str  # empty: all
+
+    def wants(self, changes: Collection[tuple[str, str]]) -> bool:
+        """Tell whether any of the changes, (type, id), matters; an empty id may be any."""
+        if not self.id:
+            return not self.types or any(type_ in self.types for type_, _ in changes)
+        return any((type_, id_) in changes for type_ in self.types for id_ in (self.id, ""))
 
 
 _unit: contextvars.ContextVar[Unit | None] = contextvars.ContextVar("unit", default=None)
+_current: contextvars.ContextVar[Database | None] = contextvars.ContextVar("current", default=None)
 
 
 def unit() -> Unit:
@@ -65,14 +80,15 @@ def unit() -> Unit:
     return current
 
 
-def changed_types(current: Unit) -> set[str]:
-    """Return the types of the resources that a unit has changed."""
-    return {type_ for type_, *_ in current.changes}
+def changed_resources(current: Unit) -> set[tuple[str, str]]:
+    """Return the resources that a unit has changed: (type, id)."""
+    return {(type_, id_) for type_, id_, *_ in current.changes}
 
 
 def now() -> int:
-    """Return the time in microseconds since 1970, UTC."""
-    return time.time_ns() // 1000
+    """Return the time in microseconds since 1970, UTC: within a unit, of the database's clock."""
+    store = _current.get()
+    return time.time_ns() // 1000 if store is None else store.now()
 
 
 class Database:
@@ -108,9 +124,21 @@ class Database:
         self._queued = 0
         self._lock = threading.Lock()
         self._listeners: set[_Listener] = set()
+        # Taken by reads that nobody waits for in person (watches), so that requests pass them.
+        self.background_reads = asyncio.Semaphore(max(readers - 1, 1))
         self._closed = threading.Event()
+        self._clock_start_us: int | None = None  # the server's time when this machine started
         self._follower = threading.Thread(target=self._follow, name=f"{name}-follow", daemon=True)
         self._follower.start()
+
+    def now(self) -> int:
+        """Return the time in microseconds since 1970 by the clock that all processes share.
+
+        That of PostgreSQL's server, or, for a file, of the machine. Leases are compared by it.
+        """
+        if self._clock_start_us is None:
+            return time.time_ns() // 1000
+        return self._clock_start_us + _uptime_us()
 
     # -- running units -----------------------------------------------------------------------
 
@@ -131,14 +159,6 @@ class Database:
     async def _submit(
         self, pool: ThreadPoolExecutor, runner: Callable[..., T], *args: Any, **kwargs: Any
     ) -> T:
-        with self._lock:
-            if self._queued >= self._queue_limit:
-                raise errors.Exhausted(
-                    "DATABASE_BUSY",
-                    "too many requests wait for the database; try again in a second",
-                    details=(errors.retry_after(1),),
-                )
-            self._queued += 1
         context = contextvars.copy_context()
         end = deadline.get()
 
@@ -149,7 +169,18 @@ class Database:
                 )
             return context.run(runner, *args, **kwargs)
 
-        future: Future[T] = pool.submit(run)
+        with self._lock:
+            if self._closed.is_set():
+                raise errors.Unavailable("DATABASE_UNAVAILABLE", "this process ends")
+            if self._queued >= self._queue_limit:
+                raise errors.Exhausted(
+                    "DATABASE_BUSY",
+                    "too many requests wait for the database; try again in a second",
+                    details=(errors.retry_after(1),),
+                )
+            self._queued += 1
+            # Within the lock, so that `close` comes before or after.
+            future = pool.submit(run)
         future.add_done_callback(self._leave)
         # Cancelling drops a unit that still waits; one that has started is finished.
         return await asyncio.wrap_future(future)
@@ -160,11 +191,13 @@ class Database:
 
     def write_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a writing unit in this thread."""
+        begin = time.monotonic()
         for attempt in range(_RETRIES):
-            current = Unit()
-            token = _unit.set(current)
+            current, begun = Unit(), False
+            token, token_of_store = _unit.set(current), _current.set(self)
             try:
                 with _connected(self.peewee), self._transaction() as transaction:
+                    begun = True
                     result = function(*args, **kwargs)
                     if current.rollback:
                         transaction.rollback()
@@ -172,26 +205,63 @@ class Database:
                     self._before_commit(current)
             except (peewee.IntegrityError, peewee.OperationalError) as error:
                 # A lost race: run again, and the unit finds what the winner wrote.
-                if attempt == _RETRIES - 1 or not _repeatable(error):
-                    raise _unavailable(error) from error
+                waited_s = time.monotonic() - begin  # for a lock, of another program perhaps
+                # Or the server was started anew since this thread used it.
+                repeatable = _repeatable(error) or (self.is_postgresql and not begun)
+                if attempt == _RETRIES - 1 or waited_s > _LOCK_S or not repeatable:
+                    raise self._unavailable(error) from error
                 time.sleep(random.uniform(0.002, 0.02) * (attempt + 1))  # noqa: S311
                 continue
             finally:
                 _unit.reset(token)
+                _current.reset(token_of_store)
             for action in current.after_commit:
                 action()
             if current.changes:
-                self._wake(changed_types(current))
+                self._wake(changed_resources(current))
             return result
         raise AssertionError("unreachable")
 
     def read_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a reading unit in this thread."""
+        token, begun = _current.set(self), False
         try:
-            with _connected(self.peewee), self.peewee.atomic():
-                return function(*args, **kwargs)
-        except peewee.OperationalError as error:
-            raise _unavailable(error) from error
+            for attempt in range(2):
+                try:
+                    with _connected(self.peewee), self.peewee.atomic():
+                        begun = True
+                        return function(*args, **kwargs)
+                except peewee.OperationalError as error:
+                    if begun or attempt or not self.is_postgresql:
+                        raise self._unavailable(error) from error
+        finally:
+            _current.reset(token)
+        raise AssertionError("unreachable")
+
+    def _unavailable(self, error: Exception) -> Exception:
+        if isinstance(error, peewee.IntegrityError):
+            return error  # not a race but a fault of ours
+        cause = _cause(error)
+        log.warning("database does not do its work", error=cause)
+        if self._is_full(cause):
+            return errors.Unavailable(
+                "DATABASE_FULL",
+                "the database's disk is full; the operator has to make room",
+                details=(errors.retry_after(5),),
+            )
+        return errors.Unavailable(
+            "DATABASE_UNAVAILABLE",
+            "the database does not answer; try again in a moment",
+            details=(errors.retry_after(1),),
+        )
+
+    def _is_full(self, text: str) -> bool:
+        """Tell whether there is no room: SQLite says so of its file, not of what is beside it."""
+        if "disk is full" in text or "No space left" in text:
+            return True
+        if self.is_postgresql or "disk I/O error" not in text:
+            return False
+        return shutil.disk_usage(Path(urlsplit(self.url).path).parent).free < _FULL_BYTES
 
     def _transaction(self) -> Any:
         return (
@@ -211,7 +281,7 @@ class Database:
     # -- wake-ups ------------------------------------------------------------------------------
 
     @contextmanager
-    def listening(self, *types: str) -> Iterator[asyncio.Event]:
+    def listening(self, *types: str, id_: str = "") -> Iterator[asyncio.Event]:
         """Give an event that is set after commits that logged a change, in whatever process.
 
         Wake-ups are hints: whoever waits on it waits with a timeout and looks for itself.
@@ -219,8 +289,9 @@ class Database:
         Args:
             types: of the resources whose changes matter; none: all. A commit of another process
                 may wake for others, too.
+            id_: of the one resource, of one of the types, whose changes matter.
         """
-        entry = _Listener(asyncio.get_running_loop(), asyncio.Event(), frozenset(types))
+        entry = _Listener(asyncio.get_running_loop(), asyncio.Event(), frozenset(types), id_)
         self._listeners.add(entry)
         try:
             yield entry.event
@@ -233,16 +304,17 @@ class Database:
         *args: Any,
         timeout_s: float,
         types: Collection[str] = (),
+        id_: str = "",
     ) -> T:
         """Read again after each change until the unit returns something other than None.
 
         Args:
-            types: as `listening` takes them.
+            types: as `listening` takes them, and `id_`.
 
         Raises:
             TimeoutError: it did not in time.
         """
-        with self.listening(*types) as event:
+        with self.listening(*types, id_=id_) as event:
             async with asyncio.timeout(timeout_s):
                 while True:
                     event.clear()
@@ -255,21 +327,25 @@ class Database:
                     except TimeoutError:
                         continue
 
-    def _wake(self, types: Collection[str] = ()) -> None:
-        """Wake who listens for changes of these types; none: everybody."""
+    def _wake(self, changes: Collection[tuple[str, str]] = ()) -> None:
+        """Wake who listens for these changes, (type, id); none: everybody."""
         for listener in tuple(self._listeners):
-            if types and listener.types and listener.types.isdisjoint(types):
+            if changes and not listener.wants(changes):
                 continue
             if not listener.loop.is_closed():
                 listener.loop.call_soon_threadsafe(listener.event.set)
 
-    def notify(self, types: Collection[str]) -> None:
-        """Tell other processes what types of resources change, as part of the transaction.
+    def notify(self, changes: Collection[tuple[str, str]]) -> None:
+        """Tell other processes what changes, as part of the transaction.
 
         SQLite's followers see the commit by themselves.
         """
         if self.is_postgresql:
-            self.execute(f"NOTIFY {_CHANNEL}, '{','.join(sorted(types))}'")
+            text = ",".join(f"{type_}:{id_}" for type_, id_ in sorted(changes))
+            if len(text) > _PAYLOAD_BYTES:
+                text = ",".join(f"{type_}:" for type_ in sorted({type_ for type_, _ in changes}))
+            parameters = (_CHANNEL, text)
+            self.peewee.execute_sql("SELECT pg_notify(%s, %s)", parameters)  # type: ignore[no-untyped-call]
 
     def execute(self, sql: str) -> None:
         """Run one statement of SQL that peewee has no words for. Within a unit."""
@@ -290,9 +366,22 @@ class Database:
     def _follow_postgresql(self) -> None:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"LISTEN {_CHANNEL}")
+            looked = -math.inf
             while not self._closed.is_set():
+                if time.monotonic() - looked > _CLOCK_S:
+                    self._read_clock(connection)
+                    looked = time.monotonic()
                 for notice in connection.notifies(timeout=0.5, stop_after=1):
-                    self._wake(notice.payload.split(","))
+                    pairs = (text.partition(":") for text in notice.payload.split(","))
+                    self._wake({(type_, id_) for type_, _, id_ in pairs})
+
+    def _read_clock(self, connection: psycopg.Connection[Any]) -> None:
+        begin = _uptime_us()
+        row = connection.execute(
+            "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::bigint"
+        ).fetchone()
+        assert row is not None
+        self._clock_start_us = int(row[0]) - (begin + _uptime_us()) // 2
 
     def _follow_sqlite(self) -> None:
         """See the commits of other processes.
@@ -317,7 +406,8 @@ class Database:
 
     def close(self) -> None:
         """Finish the units that run, drop those that wait, close every connection."""
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
         for pool in (self._writers, self._readers):
             pool.shutdown(wait=True, cancel_futures=True)
         self._follower.join(timeout=5)
@@ -327,19 +417,27 @@ class Database:
 def _open(url: str) -> peewee.Database:
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
-        Path(parts.path).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(parts.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o600)
+        path.chmod(0o600)  # it has user data and signing keys; SQLite's other files follow it
         return peewee.SqliteDatabase(
             parts.path,
             pragmas={
                 "journal_mode": "wal",
                 "synchronous": "full",  # a commit that was answered survives power loss
                 "foreign_keys": 1,
-                "busy_timeout": 10_000,
+                "busy_timeout": int(_LOCK_S * 1000),
                 "cache_size": -16_000,
             },
             check_same_thread=False,
         )
     return peewee.PostgresqlDatabase(url, prefer_psycopg3=True, isolation_level=None)
+
+
+def _uptime_us() -> int:
+    """Return microseconds since the machine started, suspended or not; never set back."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
 
 
 _connections: dict[int, list[Any]] = {}
@@ -371,11 +469,9 @@ def _repeatable(error: Exception) -> bool:
     )
 
 
-def _unavailable(error: Exception) -> Exception:
-    if isinstance(error, peewee.IntegrityError):
-        return error  # not a race but a fault of ours
-    return errors.Unavailable(
-        "DATABASE_UNAVAILABLE",
-        "the database does not answer; try again in a moment",
-        details=(errors.retry_after(1),),
-    )
+def _cause(error: BaseException) -> str:
+    """Return what was said first: SQLite ends a transaction itself, and a rollback then fails."""
+    kinds = (peewee.PeeweeException, sqlite3.Error, psycopg.Error)
+    while isinstance(error.__context__, kinds):
+        error = error.__context__
+    return str(error).strip()

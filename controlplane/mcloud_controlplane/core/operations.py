@@ -16,7 +16,7 @@ from mcloud_controlplane.core import auth, contract, convert, database, listing,
 Operation = operation_pb2.Operation
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 # Workflows of these names only go forward: what they delete is gone for its owner already.
-_FORWARD = "delete_"
+FORWARD = "delete_"
 _POLL_S = 2.0  # the net under the wake-ups
 
 
@@ -33,7 +33,7 @@ def message(row: Any, steps: Sequence[Any]) -> Operation:
         request_id=row.request_id,
         state=contract.enum_value(row.state, Operation.State),
         cancellable=bool(row.workflow)
-        and not row.workflow.startswith(_FORWARD)
+        and not row.workflow.startswith(FORWARD)
         and row.state == "RUNNING"
         and not row.cancel_requested,
         steps=[_step(step) for step in steps],
@@ -148,10 +148,11 @@ class OperationServicer:
 
     async def _follow(self, caller: auth.Caller, id_: str) -> AsyncIterator[Operation]:
         seen = b""
-        with self._database.listening("operation") as event:
+        with self._database.listening("operation", id_=id_) as event:
             while True:
                 event.clear()
-                operation = await self._database.read(self._get, caller, id_)
+                async with self._database.background_reads:
+                    operation = await self._database.read(self._get, caller, id_)
                 state = operation.SerializeToString(deterministic=True)
                 if state != seen:
                     seen = state
@@ -211,7 +212,7 @@ class OperationServicer:
                 (table.id == request.id)
                 & (table.state == "RUNNING")
                 & (table.workflow != "")
-                & ~table.workflow.startswith(_FORWARD)
+                & ~table.workflow.startswith(FORWARD)
             )
             .execute()
         )

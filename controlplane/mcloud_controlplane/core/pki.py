@@ -15,14 +15,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mcloud_base import errors, tls
+from mcloud_base import endpoints, errors, tls
 
 _DAY = datetime.timedelta(days=1)
 HOST_DAYS = 30
 SERVICE_DAYS = 365
-
-# Every service's certificate carries it, so that clients inside can check one name.
-INTERNAL_NAME = "mcloud-internal"
 
 
 class Authority:
@@ -72,7 +69,7 @@ class Authority:
         csr = x509.load_pem_x509_csr(tls.signing_request(key, service))
         alternatives: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(tls.SERVICE_URI + service),
-            *map(_general_name, dict.fromkeys((INTERNAL_NAME, "localhost", *names))),
+            *map(_general_name, dict.fromkeys((endpoints.SERVICE_NAME, "localhost", *names))),
         ]
         certificate = self._sign(csr, service, alternatives, SERVICE_DAYS)
         # The chain is sent whole, so that a machine that joins can find the authority in it.

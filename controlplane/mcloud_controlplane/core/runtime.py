@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Callable, Coroutine
+import socket
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
@@ -18,29 +19,37 @@ from mcloud.identity.v1 import (
     enrolment_service_pb2_grpc,
     token_service_pb2_grpc,
 )
-from mcloud_base import errors, rpc
-from mcloud_controlplane.core import database, gate, pki, tokens, workflow
+from mcloud_base import endpoints, errors, rpc
+from mcloud_controlplane.core import (
+    database,
+    migrations,
+    pki,
+    ports,
+    processes,
+    tables,
+    tokens,
+    workflow,
+)
+from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.settings import Settings
 
 log = structlog.get_logger()
 
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 8 << 20),
-    ("grpc.max_send_message_length", 8 << 20),
-    ("grpc.keepalive_time_ms", rpc.KEEPALIVE_S * 1000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", rpc.KEEPALIVE_S * 500),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 _REVOKED_POLL_S = 10
 
 
 class Runtime:
     """What services are registered with. Use within a running event loop."""
 
-    def __init__(self, settings: Settings, *, probe: workflow.Probe = workflow.no_probe) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        probe: workflow.Probe = workflow.no_probe,
+        release: migrations.Release = migrations.THIS,
+    ) -> None:
         self.settings = settings
+        self.process = processes.Process(release, settings.services)
         self.probe = probe  # of every runner of workflows
         self.authority = pki.Authority(settings.state_dir / "pki")
         self.identity = self.authority.issue_service(
@@ -49,18 +58,23 @@ class Runtime:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._databases: dict[str, database.Database] = {}
         self._tasks: list[asyncio.Task[Any]] = []
+        self.runners: list[workflow.Runner] = []  # of every database that has workflows
         self._revoked: frozenset[str] = frozenset()
         self.checker = tokens.TokenChecker(
             token_service_pb2_grpc.TokenServiceStub(self.channel("identity"))  # type: ignore[arg-type]
         )
+        self._places = ports.places(settings)
         self.public = self._server(internal=False)
         self.internal = self._server(internal=True)
 
     def _server(self, *, internal: bool) -> grpc.aio.Server:
-        guard = gate.Gate(
-            self.checker, internal=internal, is_revoked=lambda serial: serial in self._revoked
+        return ports.server(
+            self.settings,
+            self.checker,
+            internal=internal,
+            is_revoked=lambda serial: serial in self._revoked,
+            places=self._places,
         )
-        return grpc.aio.server(interceptors=[guard], options=_SERVER_OPTIONS)
 
     def add(self, register: Callable[[Any, Any], None], servicer: Any) -> None:
         """Offer a servicer on both ports; the contract says who may call what.
@@ -76,15 +90,39 @@ class Runtime:
         target = self.settings.internal_endpoint(service)
         if target not in self._channels:
             self._channels[target] = rpc.channel(
-                target, self.identity.channel_credentials(), server_name=pki.INTERNAL_NAME
+                target, self.identity.channel_credentials(), server_name=endpoints.SERVICE_NAME
             )
         return self._channels[target]
 
-    def database(self, name: str, open_: Callable[[str], database.Database]) -> database.Database:
+    def database(
+        self, name: str, open_: Callable[[str, processes.Process], database.Database]
+    ) -> database.Database:
         """Return this process's one object for a database; opened at first use."""
         if name not in self._databases:
-            self._databases[name] = open_(self.settings.database_url(name))
+            self._databases[name] = open_(self.settings.database_url(name), self.process)
         return self._databases[name]
+
+    def run_workflows(
+        self,
+        opened: Database,
+        shared: tables.Tables,
+        workflows: Mapping[str, workflow.Workflow],
+    ) -> None:
+        """Run a database's operations."""
+        runner = workflow.Runner(
+            opened,
+            shared,
+            workflows,
+            lease_s=self.settings.operation_lease_s,
+            probe=self.probe,
+            host_name=socket.gethostname(),
+        )
+        self.runners.append(runner)
+        self.background(runner.run(), f"workflows: {', '.join(workflows)}")
+
+    def workflows(self) -> dict[str, workflow.Workflow]:
+        """Return every workflow that this process runs, by name."""
+        return {name: table for each in self.runners for name, table in each.workflows.items()}
 
     def background(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run work for the life of the process; its end is an error, said in the log."""
@@ -117,6 +155,7 @@ class Runtime:
                     "PORT_IN_USE", f"cannot listen on {address}; is mcloud running already?"
                 ) from error
             await server.start()
+        self.background(self.process.keep(), "heartbeats")
         self.background(self.checker.follow(), "revocations")
         self.background(self._follow_revoked_certificates(), "revoked certificates")
 
@@ -152,6 +191,7 @@ class Runtime:
         await asyncio.gather(self.public.stop(grace_s), self.internal.stop(grace_s))
         for channel in self._channels.values():
             await channel.close(None)
+        await self.process.leave()
         for opened in self._databases.values():
             await asyncio.to_thread(opened.close)
 

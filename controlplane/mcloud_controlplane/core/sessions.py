@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Protocol
 
@@ -19,12 +20,19 @@ from google.protobuf.message import Message
 from mcloud.common.v1 import session_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import auth, database, tables
+from mcloud_controlplane.core.batch import Batch
+from mcloud_controlplane.core.session_follower import Follower, Pending, Stream
 
 log = structlog.get_logger()
 
-LEASE_S = 30
-_POLL_S = 5.0  # the net under the wake-ups
 _OUTBOX = 1000
+# So that many hosts with something to do leave room for others' reads; and those that nobody waits
+# for leave room for the rest.
+_LOOKS_AT_ONCE, _LEISURELY_LOOKS_AT_ONCE = 2, 1
+
+
+# What a stream is to send; None at its end.
+Outbox = asyncio.Queue[session_pb2.SessionResponse | None]
 
 
 class Source(Protocol):
@@ -32,6 +40,9 @@ class Source(Protocol):
 
     def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that the host does not have yet: not observed at its generation."""
+
+    def pending(self) -> Sequence[Pending]:
+        """Return what any host does not have yet, in a constant number of statements."""
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that is to be on the host; sent when a session begins."""
@@ -61,10 +72,14 @@ class Sessions:
         self._tables = shared
         self._source = source
         self._on_hello = on_hello
-        self._types = (*types, "host") if types else ()  # a newer session changes the host
+        self._follower = Follower(store, shared, source.pending, types)
+        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
+        self._leisurely_looks = asyncio.Semaphore(_LEISURELY_LOOKS_AT_ONCE)
         self._process = secrets.token_hex(6)
-        self._outboxes: dict[str, asyncio.Queue[session_pb2.SessionResponse]] = {}
+        self._outboxes: dict[str, Outbox] = {}
         self._listings: dict[str, asyncio.Future[session_pb2.Listing]] = {}
+        self._epoch = ""  # as of the last renewals
+        self._renewals = Batch[tuple[str, int]](self._renew_all)
 
     async def OpenSession(
         self, requests: AsyncIterator[session_pb2.SessionRequest], context: auth.Context
@@ -77,9 +92,8 @@ class Sessions:
         number, epoch = await self._database.write(self._take, host, hello, certificate.subject)
         bound = log.bind(host=host, session=number)
         bound.info("host session opened", incarnation=hello.incarnation)
-        outbox: asyncio.Queue[session_pb2.SessionResponse] = asyncio.Queue(_OUTBOX)
+        outbox: Outbox = asyncio.Queue(_OUTBOX)
         self._outboxes[host] = outbox
-        ended = asyncio.Event()
         failure: list[BaseException] = []
 
         async def guard(work: Callable[[], object]) -> None:
@@ -88,7 +102,9 @@ class Sessions:
             except Exception as error:
                 failure.append(error)  # the gate says what it is, also of what nobody expected
             finally:
-                ended.set()
+                if outbox.full():
+                    outbox.get_nowait()  # nobody reads it any more
+                outbox.put_nowait(None)
 
         tasks = [
             asyncio.create_task(
@@ -96,20 +112,14 @@ class Sessions:
             ),
             asyncio.create_task(guard(lambda: self._send(host, hello, number, epoch, outbox))),
         ]
-        ending = asyncio.create_task(ended.wait())
-        getting: asyncio.Task[session_pb2.SessionResponse] | None = None
         try:
             outbox.put_nowait(_lease(number, epoch))
-            while True:
-                getting = asyncio.create_task(outbox.get())
-                await asyncio.wait({getting, ending}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    break
-                yield getting.result()
+            while (response := await outbox.get()) is not None:
+                yield response
             if failure:
                 raise failure[0]
         finally:
-            for task in (*tasks, ending, *([getting] if getting else [])):
+            for task in tasks:
                 task.cancel()
             if self._outboxes.get(host) is outbox:
                 del self._outboxes[host]
@@ -146,7 +156,7 @@ class Sessions:
         hello: session_pb2.Hello,
         number: int,
         requests: AsyncIterator[session_pb2.SessionRequest],
-        outbox: asyncio.Queue[session_pb2.SessionResponse],
+        outbox: Outbox,
     ) -> None:
         async for request in requests:
             kind = request.WhichOneof("message")
@@ -156,8 +166,9 @@ class Sessions:
                 answer = session_pb2.Acknowledgement(sequence=report.sequence)
                 await outbox.put(session_pb2.SessionResponse(acknowledgement=answer))
             elif kind == "renewal":
-                epoch = await self._database.write(self._renew, host, number)
-                await outbox.put(_lease(number, epoch))
+                if not await self._renewals.add((host, number)):
+                    raise _superseded()
+                await outbox.put(_lease(number, self._epoch))
             elif kind == "listing":
                 future = self._listings.get(request.listing.id)
                 if future is not None and not future.done():
@@ -169,29 +180,30 @@ class Sessions:
         hello: session_pb2.Hello,
         number: int,
         epoch: str,
-        outbox: asyncio.Queue[session_pb2.SessionResponse],
+        outbox: Outbox,
     ) -> None:
         """Send what is desired: all of it first, then whatever is new."""
-        sent: dict[str, tuple[int, bool]] = {}
-        select = self._source.everything
-        with self._database.listening(*self._types) as event:
+        stream, select = Stream(host, number), self._source.everything
+        with self._follower.following(stream):
             while True:
-                event.clear()
-                current, found = await self._database.read(self._look, host, select)
+                stream.wake.clear()
+                urgent, stream.urgent = stream.urgent, False
+                async with self._looks if urgent else self._leisurely_looks:
+                    begin = time.monotonic()
+                    current, found = await self._database.read(self._look, host, select)
+                    if not urgent:  # half of the time, so that they do not starve the others
+                        await asyncio.sleep(time.monotonic() - begin)
                 if current != number:
                     raise _superseded()
                 for desired in found:
                     state = (desired.generation, desired.absent)
-                    if sent.get(desired.id) != state:
+                    if stream.sent.get(desired.id) != state:
                         desired.epoch = epoch
                         await outbox.put(session_pb2.SessionResponse(desired=desired))
-                        sent[desired.id] = state
+                        stream.sent[desired.id] = state
+                        stream.sent_time = time.monotonic()
                 select = self._source.desired
-                try:
-                    async with asyncio.timeout(_POLL_S):
-                        await event.wait()
-                except TimeoutError:
-                    continue
+                await stream.wake.wait()
 
     def _look(
         self, host: str, select: Callable[[str], Sequence[session_pb2.Desired]]
@@ -207,7 +219,7 @@ class Sessions:
             "underlay_ip": hello.underlay_ip,
             "certificate_subject": subject,
             "agent_version": hello.agent_version,
-            "lease_expire_time": database.now() + LEASE_S * 1_000_000,
+            "lease_expire_time": _expiry(),
             "storage": "storage" in hello.capabilities,
         }
         table.insert(host_id=host, number=1, **values).on_conflict(
@@ -217,16 +229,25 @@ class Sessions:
         tables.changed("host", host, "")
         return int(table.get_by_id(host).number), self._tables.epoch()
 
-    def _renew(self, host: str, number: int) -> str:
+    async def _renew_all(self, sessions: list[tuple[str, int]]) -> set[tuple[str, int]]:
+        renewed, self._epoch = await self._database.write(self._renew, sessions)
+        return renewed
+
+    def _renew(self, sessions: list[tuple[str, int]]) -> tuple[set[tuple[str, int]], str]:
+        """Renew the leases of those (host, number) that are still the newest."""
         table = self._tables.host_session
-        renewed = (
-            table.update(lease_expire_time=database.now() + LEASE_S * 1_000_000)
-            .where((table.host_id == host) & (table.number == number))
-            .execute()
-        )
-        if not renewed:
-            raise _superseded()
-        return self._tables.epoch()
+        hosts = [host for host, _ in sessions]
+        rows = table.select(table.host_id, table.number).where(table.host_id.in_(hosts))
+        newest = {(row.host_id, row.number) for row in self._database.locked(rows)}
+        kept = newest & set(sessions)
+        table.update(lease_expire_time=_expiry()).where(
+            table.host_id.in_([host for host, _ in kept])
+        ).execute()
+        return kept, self._tables.epoch()
+
+
+def _expiry() -> int:
+    return database.now() + tables.SESSION_LEASE_S * 1_000_000
 
 
 def desired(id_: str, generation: int, spec: Message | None) -> session_pb2.Desired:
@@ -251,7 +272,7 @@ async def _hello(requests: AsyncIterator[session_pb2.SessionRequest]) -> session
 
 
 def _lease(number: int, epoch: str) -> session_pb2.SessionResponse:
-    ttl = duration_pb2.Duration(seconds=LEASE_S)
+    ttl = duration_pb2.Duration(seconds=tables.SESSION_LEASE_S)
     return session_pb2.SessionResponse(
         lease=session_pb2.Lease(session_number=number, ttl=ttl, epoch=epoch)
     )

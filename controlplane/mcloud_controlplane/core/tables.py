@@ -14,6 +14,12 @@ import peewee
 
 from mcloud_controlplane.core import database
 
+SESSION_LEASE_S = 30  # for how long a host counts as connected after it was last heard
+
+
+# `not_before` of an operation that waits until its host says what a restore has found there.
+HELD = 1 << 62
+
 
 class Deployment(peewee.Model):
     """One row: which incarnation of the data this is, and its revision counter."""
@@ -21,7 +27,7 @@ class Deployment(peewee.Model):
     id = peewee.IntegerField(primary_key=True, default=1)
     epoch = peewee.TextField()  # replaced by a restore; numbers are compared within it
     revision = peewee.BigIntegerField(default=0)
-    schema_version = peewee.IntegerField()
+    schema_version = peewee.IntegerField()  # the number of the last migration
     request_key = peewee.TextField()  # of the digests of requests
 
 
@@ -137,6 +143,39 @@ class HostSession(peewee.Model):
     storage = peewee.BooleanField(default=False)
 
 
+class SchemaMigration(peewee.Model):
+    """A change of the tables that has run (migrations.py)."""
+
+    number = peewee.IntegerField(primary_key=True)
+    name = peewee.TextField()
+    kind = peewee.TextField()  # EXPAND, CONTRACT
+    since = peewee.TextField()  # the release that brought it
+    release = peewee.TextField()  # of the process that ran it
+    time = peewee.BigIntegerField()
+    filled = peewee.BooleanField()
+
+
+class Process(peewee.Model):
+    """A process that uses the database (processes.py)."""
+
+    id = peewee.TextField(primary_key=True)
+    release = peewee.TextField()
+    host = peewee.TextField()
+    pid = peewee.IntegerField()
+    services = peewee.TextField()  # comma-separated
+    schema_number = peewee.IntegerField()  # the newest that its release knows
+    start_time = peewee.BigIntegerField()
+    heartbeat_time = peewee.BigIntegerField()
+
+
+class Lease(peewee.Model):
+    """Which process does a work that one at a time is to do (leases.py)."""
+
+    name = peewee.TextField(primary_key=True)
+    owner = peewee.TextField()
+    expire_time = peewee.BigIntegerField()
+
+
 class JsonField(peewee.TextField):
     """A small JSON document."""
 
@@ -179,9 +218,12 @@ class Tables:
     operation_step: type[OperationStep]
     effect: type[Effect]
     host_session: type[HostSession]
+    schema_migration: type[SchemaMigration]
+    process: type[Process]
+    lease: type[Lease]
 
     def models(self) -> list[type[peewee.Model]]:
-        """Return all of them, for creation."""
+        """Return all of them."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
     def epoch(self) -> str:
@@ -191,6 +233,16 @@ class Tables:
     def revision(self) -> int:
         """Return the revision up to which everything is committed. Within a unit."""
         return int(self.deployment.get_by_id(1).revision)
+
+    def connected(self) -> Any:
+        """Return the condition on sessions that their hosts renew them. Within a unit.
+
+        A lease that ends later than any that is given now was given before the clock was set back.
+        """
+        moment = database.now()
+        longest = 2 * SESSION_LEASE_S * 1_000_000
+        end = self.host_session.lease_expire_time
+        return (end > moment) & (end < moment + longest)
 
     def log_changes(self, unit: database.Unit) -> None:
         """Write what a unit changed under the next revision; the last writes of its transaction."""
@@ -235,6 +287,9 @@ def bind(proxy: peewee.DatabaseProxy) -> Tables:
         operation_step=bound(OperationStep, "operation_step"),
         effect=bound(Effect, "effect"),
         host_session=bound(HostSession, "host_session"),
+        schema_migration=bound(SchemaMigration, "schema_migration"),
+        process=bound(Process, "process"),
+        lease=bound(Lease, "lease"),
     )
 
 

@@ -125,7 +125,7 @@ class Runner:
         self._database = store
         self._tables = shared
         self.workflows = workflows
-        self._concurrency = concurrency
+        self.concurrency = concurrency  # 0: go on with what is held, take nothing more
         self._lease_s = lease_s
         self._probe = probe
         self._host_name = host_name
@@ -165,7 +165,7 @@ class Runner:
 
     async def _take_all(self) -> None:
         """Take what is free, as far as there is room, and hear of cancellations."""
-        room = self._concurrency - len(self._held)
+        room = self.concurrency - len(self._held)
         try:
             # Most wake-ups are for something else: look first, without a writer's turn.
             free, cancelled = await self._database.read(self._look, room)
@@ -193,7 +193,8 @@ class Runner:
             .where(
                 table.state.in_(_RUNNING)
                 & (table.workflow.in_(list(self.workflows)))
-                & (table.lease_expire_time < moment)
+                & self._is_free(moment)
+                & table.id.not_in(list(self._held))
                 & (table.not_before <= moment)
             )
             .order_by(table.create_time)
@@ -207,6 +208,15 @@ class Runner:
             [(row.id, row.lease_number) for row in free],
             [row.id for row in cancelled] if held else [],
         )
+
+    def _is_free(self, moment: int) -> Any:
+        """Return the condition that nobody holds an operation.
+
+        A lease that ends later than any that is given now was given before the clock was set back.
+        """
+        table = self._tables.operation
+        latest = moment + int(2 * self._lease_s * 1_000_000)
+        return (table.lease_expire_time < moment) | (table.lease_expire_time > latest)
 
     def _take(self, free: list[tuple[str, int]]) -> list[Any]:
         table = self._tables.operation
@@ -292,7 +302,7 @@ class Runner:
                 job.error = _cancelled_error()
                 await self._database.write(self._begin_undo, job, index)
                 return index
-            start = database.now()
+            start = self._database.now()
             await self._database.write(self._begin_step, job, step, start)
             try:
                 await self._attempt(workflow, index, job, event)
@@ -311,7 +321,7 @@ class Runner:
         step = workflow.steps[index]
         limit = step.deadline_s
         if job.deadline is not None:
-            limit = min(limit, max((job.deadline - database.now()) / 1e6, 0.1))
+            limit = min(limit, max((job.deadline - self._database.now()) / 1e6, 0.1))
         end = asyncio.get_running_loop().time() + limit
         pause = 0.1
         while True:

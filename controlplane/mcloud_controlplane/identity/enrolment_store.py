@@ -16,6 +16,8 @@ from mcloud_controlplane.identity.model import Certificate, JoinToken, shared
 
 _LONGEST_TTL_S = 7 * 86_400
 _USUAL_TTL_S = 3600
+_KEPT_US = 86_400_000_000  # of join tokens that have expired
+_BATCH = 500
 
 
 def message(row: JoinToken) -> enrolment_pb2.JoinToken:
@@ -200,6 +202,15 @@ def revoked_serials() -> list[str]:
 def forget_expired() -> None:
     """Delete certificates that have expired."""
     Certificate.delete().where(Certificate.expire_time < database.now()).execute()
+
+
+def forget_join_tokens() -> None:
+    """Delete join tokens that expired a day ago: they are good for nothing any more."""
+    table = JoinToken
+    old = table.expire_time < database.now() - _KEPT_US
+    for row in list(table.select().where(old).order_by(table.expire_time).limit(_BATCH)):
+        row.delete_instance()
+        tables.changed("join_token", row.id, "", "DELETED")
 
 
 def _record(host_id: str, certificate: x509.Certificate) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import peewee
 
-from mcloud_controlplane.core import schema, tables
+from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.tables import Resource
-
-SCHEMA_VERSION = 1
 
 database = peewee.DatabaseProxy()
 shared = tables.bind(database)
@@ -166,6 +164,6 @@ MODELS = (
 )
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, process: processes.Process | None = None) -> Database:
     """Open the identity database; its tables are made where they are missing."""
-    return schema.open_database(url, database, shared, MODELS, version=SCHEMA_VERSION)
+    return schema.open_database("identity", url, database, shared, process)

@@ -10,18 +10,30 @@ from mcloud.identity.v1 import (
     application_credential_service_pb2_grpc,
     endpoint_service_pb2_grpc,
     enrolment_service_pb2_grpc,
+    invariant_service_pb2_grpc,
     operation_service_pb2_grpc,
     project_service_pb2_grpc,
     role_assignment_service_pb2_grpc,
+    schema_service_pb2_grpc,
     token_service_pb2_grpc,
     user_service_pb2_grpc,
 )
 from mcloud_base import errors
+from mcloud_controlplane.core import invariants as core_invariants
 from mcloud_controlplane.core import operations
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.mutation import Frame
+from mcloud_controlplane.core.pruner import Pruner
 from mcloud_controlplane.core.runtime import Runtime
-from mcloud_controlplane.identity import enrolment_store, first_start, login_store, model, signing
+from mcloud_controlplane.core.schema_service import SchemaServicer
+from mcloud_controlplane.identity import (
+    enrolment_store,
+    first_start,
+    invariants,
+    login_store,
+    model,
+    signing,
+)
 from mcloud_controlplane.identity.application_credential_service import (
     ApplicationCredentialServicer,
 )
@@ -72,6 +84,10 @@ def register(runtime: Runtime) -> None:
         operations.OperationServicer(database, shared),
     )
     runtime.add(
+        schema_service_pb2_grpc.add_SchemaServiceServicer_to_server,
+        SchemaServicer("identity", database, shared, runtime.process),
+    )
+    runtime.add(
         user_service_pb2_grpc.add_UserServiceServicer_to_server,
         UserServicer(database, frame, authenticator, hasher),
     )
@@ -87,7 +103,12 @@ def register(runtime: Runtime) -> None:
         application_credential_service_pb2_grpc.add_ApplicationCredentialServiceServicer_to_server,
         ApplicationCredentialServicer(database, frame),
     )
+    runtime.add(
+        invariant_service_pb2_grpc.add_InvariantServiceServicer_to_server,
+        core_invariants.InvariantServicer(database, invariants.INVARIANTS, invariants.count),
+    )
     runtime.background(_upkeep(database, hasher), "identity upkeep")
+    runtime.background(Pruner(database, shared, runtime.settings).run(), "pruner of identity")
 
 
 async def _upkeep(database: Database, hasher: Hasher) -> None:
@@ -99,6 +120,7 @@ async def _upkeep(database: Database, hasher: Hasher) -> None:
                 await database.write(signing.rotate, database)
                 await database.write(login_store.forget_old_failures)
                 await database.write(enrolment_store.forget_expired)
+                await database.write(enrolment_store.forget_join_tokens)
             except errors.Error as error:
                 log.warning("upkeep of identity postponed", reason=error.reason)
     finally:

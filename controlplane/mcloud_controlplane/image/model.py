@@ -6,11 +6,9 @@ from typing import Any
 
 import peewee
 
-from mcloud_controlplane.core import schema, tables
+from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.tables import Resource
-
-SCHEMA_VERSION = 1
 
 database = peewee.DatabaseProxy()
 shared = tables.bind(database)
@@ -69,9 +67,9 @@ class ImageUse(peewee.Model):
 MODELS = (Quota, Image, ImageUse)
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, process: processes.Process | None = None) -> Database:
     """Open the image database; its tables are made where they are missing."""
-    return schema.open_database(url, database, shared, MODELS, version=SCHEMA_VERSION)
+    return schema.open_database("image", url, database, shared, process)
 
 
 def locked(query: Any) -> Any:

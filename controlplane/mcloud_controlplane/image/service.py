@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from mcloud.image.v1 import image_service_pb2_grpc, operation_service_pb2_grpc
+from mcloud.image.v1 import (
+    image_service_pb2_grpc,
+    invariant_service_pb2_grpc,
+    operation_service_pb2_grpc,
+    schema_service_pb2_grpc,
+)
+from mcloud_controlplane.core import invariants as core_invariants
 from mcloud_controlplane.core import operations
 from mcloud_controlplane.core.mutation import Frame
+from mcloud_controlplane.core.pruner import Pruner
 from mcloud_controlplane.core.runtime import Runtime
-from mcloud_controlplane.image import model, sweeper
+from mcloud_controlplane.core.schema_service import SchemaServicer
+from mcloud_controlplane.image import invariants, model, sweeper
 from mcloud_controlplane.image.contents import Contents
 from mcloud_controlplane.image.image_service import ImageServicer
 
@@ -24,4 +32,13 @@ def register(runtime: Runtime) -> None:
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         operations.OperationServicer(database, model.shared),
     )
+    runtime.add(
+        schema_service_pb2_grpc.add_SchemaServiceServicer_to_server,
+        SchemaServicer("image", database, model.shared, runtime.process),
+    )
+    runtime.add(
+        invariant_service_pb2_grpc.add_InvariantServiceServicer_to_server,
+        core_invariants.InvariantServicer(database, invariants.INVARIANTS, invariants.count),
+    )
     runtime.background(sweeper.sweep_forever(database, contents), "image sweeper")
+    runtime.background(Pruner(database, model.shared, runtime.settings).run(), "pruner of image")

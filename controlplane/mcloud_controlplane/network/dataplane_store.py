@@ -8,9 +8,11 @@ transaction; what the generation contains is computed from rows when it is sent
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mcloud.common.v1 import session_pb2
 from mcloud_controlplane.core import sessions, tables
+from mcloud_controlplane.core.session_follower import Pending
 from mcloud_controlplane.network import dataplane_document
 from mcloud_controlplane.network.model import (
     HostDataplane,
@@ -34,8 +36,9 @@ def bump(host_ids: Iterable[str]) -> None:
         conflict_target=[HostDataplane.host_id],
         update={HostDataplane.generation: HostDataplane.generation + 1},
     ).execute()
-    for id_ in found:
-        tables.changed("dataplane", id_, "")
+    # One line for all: it wakes the streams, which look for themselves. A line for each would be
+    # most of the log where many hosts share a network.
+    tables.changed("dataplane", found[0] if len(found) == 1 else "", "")
 
 
 def generation(host_id: str) -> int:
@@ -110,6 +113,18 @@ class Source:
         if row.observed_generation >= row.generation:
             return []
         return self.everything(host_id)
+
+    def pending(self) -> Sequence[Pending]:
+        """Return the dataplanes whose generation their hosts have not reached."""
+        ports: Any = Port.select(Port.host_id).where((Port.state == "BUILD") & (Port.host_id != ""))
+        waiting = {host_id for (host_id,) in ports.tuples()}
+        query: Any = HostDataplane.select(HostDataplane.host_id, HostDataplane.generation)
+        behind = query.where(HostDataplane.observed_generation < HostDataplane.generation)
+        # A guest waits for its port. The others learn where it is, and may learn of many at once.
+        return [
+            Pending(host_id, host_id, number, absent=False, urgent=host_id in waiting)
+            for host_id, number in behind.tuples()
+        ]
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return the dataplane.

@@ -6,11 +6,9 @@ from typing import TypeVar
 
 import peewee
 
-from mcloud_controlplane.core import schema, tables
+from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.tables import Resource
-
-SCHEMA_VERSION = 1
 
 QueryT = TypeVar("QueryT")
 
@@ -219,6 +217,6 @@ def locked(query: QueryT) -> QueryT:
     return query.for_update() if database.for_update else query  # type: ignore[attr-defined]
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, process: processes.Process | None = None) -> Database:
     """Open the network database; its tables are made where they are missing."""
-    return schema.open_database(url, database, shared, MODELS, version=SCHEMA_VERSION)
+    return schema.open_database("network", url, database, shared, process)

@@ -195,7 +195,7 @@ def _choose_host() -> str:
     row = (
         session.select(session.host_id)
         .join(HostDataplane, on=(HostDataplane.host_id == session.host_id))
-        .where(session.lease_expire_time > database.now())
+        .where(shared.connected())
         .order_by(HostDataplane.gateway.desc(), load, session.host_id)
         .limit(1)
         .tuples()

@@ -5,19 +5,23 @@ from __future__ import annotations
 from mcloud.common.v1 import session_pb2
 from mcloud.network.v1 import (
     floating_ip_service_pb2_grpc,
+    invariant_service_pb2_grpc,
     network_service_pb2_grpc,
     operation_service_pb2_grpc,
     port_service_pb2_grpc,
     router_service_pb2_grpc,
+    schema_service_pb2_grpc,
     security_group_service_pb2_grpc,
     session_service_pb2_grpc,
     subnet_service_pb2_grpc,
 )
 from mcloud_controlplane.core import operations
 from mcloud_controlplane.core.mutation import Frame
+from mcloud_controlplane.core.pruner import Pruner
 from mcloud_controlplane.core.runtime import Runtime
+from mcloud_controlplane.core.schema_service import SchemaServicer
 from mcloud_controlplane.core.sessions import Sessions
-from mcloud_controlplane.network import dataplane_store, model, router_store
+from mcloud_controlplane.network import dataplane_store, invariants, model, router_store
 from mcloud_controlplane.network.floating_ip_service import FloatingIpServicer
 from mcloud_controlplane.network.network_service import NetworkServicer
 from mcloud_controlplane.network.port_service import PortServicer
@@ -50,10 +54,19 @@ def register(runtime: Runtime) -> None:
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         operations.OperationServicer(database, model.shared),
     )
+    runtime.add(
+        schema_service_pb2_grpc.add_SchemaServiceServicer_to_server,
+        SchemaServicer("network", database, model.shared, runtime.process),
+    )
+    runtime.add(
+        invariant_service_pb2_grpc.add_InvariantServiceServicer_to_server,
+        invariants.InvariantServicer(database, invariants.INVARIANTS, invariants.count),
+    )
     sessions = Sessions(
         database, model.shared, dataplane_store.Source(), on_hello=_join, types=("dataplane",)
     )
     runtime.add(session_service_pb2_grpc.add_SessionServiceServicer_to_server, sessions)
+    runtime.background(Pruner(database, model.shared, runtime.settings).run(), "pruner of network")
 
 
 def _join(host_id: str, hello: session_pb2.Hello) -> None:

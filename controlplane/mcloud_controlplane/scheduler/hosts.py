@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -92,8 +92,21 @@ class Hosts:
             self.claimed[:, number] = record.claimed
             self.instance_count[number] = record.instance_count
             self.failure_count[number] = record.failure_count
-            self.report_time[number] = max(record.report_time, self.report_time[number])
+            self.report_time[number] = record.report_time
         return self
+
+    def heard(self, times: Mapping[str, int]) -> None:
+        """Take over when hosts have reported last: µs since 1970."""
+        for id_, time in times.items():
+            if (number := self.index.get(id_)) is not None:
+                self.report_time[number] = time
+
+    def shows(self, id_: str, record: HostRecord | None) -> bool:
+        """Tell whether an entry says what is recorded, but for the times; None: no such host."""
+        number = self.index.get(id_)
+        if number is None or record is None:
+            return number is None and record is None
+        return replace(self.record(number), report_time=record.report_time) == record
 
     def record(self, number: int) -> HostRecord:
         """Return one entry."""

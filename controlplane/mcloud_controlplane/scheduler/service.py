@@ -4,51 +4,69 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
 import structlog
 
 from mcloud.common.v1 import operation_pb2
-from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc
+from mcloud.scheduler.v1 import (
+    invariant_service_pb2_grpc,
+    placement_pb2,
+    placement_service_pb2,
+    placement_service_pb2_grpc,
+)
 from mcloud_base import errors
 from mcloud_controlplane.compute import model
 from mcloud_controlplane.core import auth, convert, database
 from mcloud_controlplane.core.auth import Context
+from mcloud_controlplane.core.batch import Batch
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.scheduler import choose, store
 from mcloud_controlplane.scheduler.hosts import Hosts, Need
+from mcloud_controlplane.scheduler.invariants import InvariantServicer
 from mcloud_controlplane.settings import Settings
 
 log = structlog.get_logger()
 
 _QUEUE_LIMIT = 1000
 _FOLLOW_S = 5.0  # the net under the wake-ups
+_HEARD_S = 2.0  # how old the times of the last reports may be
 _ROUNDS = 4  # in which every candidate was lost to others, before the request is refused
-_TIME_WRITTEN_US = 3_000_000  # how stale a host's recorded report time may become
 
 
 class View:
-    """The hosts in memory, following the database's change log."""
+    """The hosts in memory, following the database's change log.
+
+    That a host lives is no change: when each has reported last, whichever process it reports to,
+    is read again at intervals.
+    """
 
     def __init__(self, opened: Database, settings: Settings) -> None:
         self._database = opened
         self._settings = settings
         self.hosts = Hosts()
         self.loaded = asyncio.Event()
+        self.revision = 0  # up to which the view is complete
         self._refreshing = asyncio.Lock()
 
     async def follow(self) -> None:
         """Load all hosts, then what changes, for ever."""
         revision: int | None = None
+        heard = 0.0
         with self._database.listening("host") as event:
             while True:
                 event.clear()
                 try:
-                    revision, changed = await self._database.read(store.changed_hosts, revision)
+                    head, changed = await self._database.read(store.changed_hosts, revision)
                     if changed is None or changed:
                         await self.refresh(changed)
+                    revision = self.revision = head  # not before: a refresh may fail
+                    if time.monotonic() - heard > _HEARD_S:
+                        self.hosts.heard(await self._database.read(store.report_times))
+                        heard = time.monotonic()
                     self.loaded.set()
                 except errors.Error as error:
                     log.warning("view of hosts is not refreshed", reason=error.reason)
@@ -64,10 +82,22 @@ class View:
             records = await self._database.read(store.load_hosts, self._settings, host_ids)
             self.hosts = self.hosts.update(records)
 
-    def heard(self, host_id: str) -> None:
-        """Note that a host has just reported."""
-        if host_id in self.hosts.index:
-            self.hosts.report_time[self.hosts.index[host_id]] = database.now()
+    async def compare(self) -> tuple[int, list[str]]:
+        """Return how many hosts are known, and of which it is not known what is recorded.
+
+        Those that changed after the view's revision are on their way here.
+        """
+        async with self._refreshing:
+            records, changed = await self._database.read(
+                store.load_and_changed, self._settings, self.revision
+            )
+            return len(records), [
+                id_
+                for id_ in {**records, **self.hosts.index}
+                if changed is not None
+                and id_ not in changed
+                and not self.hosts.shows(id_, records.get(id_))
+            ]
 
 
 @dataclass
@@ -112,7 +142,8 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         self, request: placement_service_pb2.GetCapacityRequest, context: Context
     ) -> placement_service_pb2.GetCapacityResponse:
         """Count what would fit."""
-        need = _need(request.resources, zone=request.availability_zone)
+        moment = self._database.now()
+        need = _need(request.resources, moment, zone=request.availability_zone)
         count, host_count = choose.capacity(self._view.hosts, need)
         explanation = choose.choose(self._view.hosts, need).explanation
         return placement_service_pb2.GetCapacityResponse(
@@ -146,6 +177,7 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                 )
         need = _need(
             request.resources,
+            self._database.now(),
             host_id=request.host_id,
             zone=request.availability_zone,
             arch=request.cpu_arch,
@@ -212,6 +244,12 @@ class HostReportServicer(placement_service_pb2_grpc.HostReportServiceServicer):
     def __init__(self, opened: Database, view: View) -> None:
         self._database = opened
         self._view = view
+        self._alive = Batch[tuple[str, int]](self._write_alive)
+
+    async def _write_alive(self, streams: list[tuple[str, int]]) -> set[tuple[str, int]]:
+        current, moment = await self._database.write(store.keep_alive, self._database, streams)
+        self._view.hosts.heard({host_id: moment for host_id, _ in current})
+        return current
 
     async def ReportHost(
         self,
@@ -220,23 +258,18 @@ class HostReportServicer(placement_service_pb2_grpc.HostReportServiceServicer):
     ) -> AsyncIterator[placement_service_pb2.ReportHostResponse]:
         """Record each report; the whole of it only when something changed."""
         host_id = auth.caller().host_id
-        number, seen, written = 0, b"", 0
+        number, seen = 0, b""
         async for report in requests:
             if number == 0:
                 number = await self._database.write(store.take_report_stream, host_id, report)
             facts = _facts(report)
-            moment = database.now()
-            if facts != seen or moment - written > _TIME_WRITTEN_US:
-                whole = facts != seen
-                current = await self._database.write(
-                    store.apply_report, host_id, number, report, whole
-                )
-                if not current:
-                    raise errors.Conflict(
-                        "SESSION_SUPERSEDED", "another stream of this host is newer"
-                    )
-                seen, written = facts, moment
-            self._view.heard(host_id)
+            if facts == seen:
+                current = await self._alive.add((host_id, number))
+            else:
+                current = await self._database.write(store.apply_report, host_id, number, report)
+            if not current:
+                raise errors.Conflict("SESSION_SUPERSEDED", "another stream of this host is newer")
+            seen = facts
             yield placement_service_pb2.ReportHostResponse(sequence=report.sequence)
 
 
@@ -251,6 +284,7 @@ def _facts(report: placement_service_pb2.ReportHostRequest) -> bytes:
 
 def _need(
     resources: placement_pb2.Resources,
+    now: int,
     *,
     host_id: str = "",
     zone: str = "",
@@ -267,7 +301,7 @@ def _need(
         zone=zone,
         arch=arch,
         excluded=excluded,
-        now=database.now(),
+        now=now,
     )
 
 
@@ -305,6 +339,10 @@ def register(runtime: Runtime) -> None:
     view = View(opened, runtime.settings)
     placement = PlacementServicer(opened, runtime.settings, view)
     runtime.add(placement_service_pb2_grpc.add_PlacementServiceServicer_to_server, placement)
+    runtime.add(
+        invariant_service_pb2_grpc.add_InvariantServiceServicer_to_server,
+        InvariantServicer(opened, view),
+    )
     runtime.add(
         placement_service_pb2_grpc.add_HostReportServiceServicer_to_server,
         HostReportServicer(opened, view),

@@ -82,10 +82,25 @@ def limits(settings: Settings, row: Any) -> tuple[float, float, float]:
     )
 
 
+def load_and_changed(
+    settings: Settings, after: int
+) -> tuple[Mapping[str, HostRecord | None], set[str] | None]:
+    """Return what is recorded of all hosts, and which changed after a revision (None: any may).
+
+    The changes are read last: what is recorded by then and not read is among them.
+    """
+    records = load_hosts(settings, None)
+    return records, changed_hosts(after)[1]
+
+
 def changed_hosts(after: int | None) -> tuple[int, set[str] | None]:
-    """Return the revision now, and the hosts whose row or claims changed after one; None: all."""
+    """Return the revision now, and the hosts whose row or claims changed after one; None: all.
+
+    It is all, too, where the log does not reach back that far any more (core/pruner.py).
+    """
     head = shared.revision()
-    if after is None:
+    oldest = shared.change.select(peewee.fn.MIN(shared.change.revision)).scalar()
+    if after is None or (after < head and (oldest is None or after + 1 < oldest)):
         return head, None
     rows = (
         shared.change.select(shared.change.resource_id)
@@ -268,32 +283,60 @@ def take_report_stream(host_id: str, report: placement_service_pb2.ReportHostReq
 
 
 def apply_report(
-    host_id: str, number: int, report: placement_service_pb2.ReportHostRequest, whole: bool
+    host_id: str, number: int, report: placement_service_pb2.ReportHostRequest
 ) -> bool:
-    """Record what a host tells; only the time if nothing else changed. False: the stream is old."""
+    """Record what a host tells. False: the stream is old."""
     moment = database.now()
-    values: dict[str, Any] = {"report_time": moment, "incarnation": report.incarnation}
-    if whole:
-        values |= {
-            "name": report.name,
-            "vcpu_count": report.total.vcpu_count,
-            "memory_mib": report.total.memory_mib,
-            "disk_gib": report.total.disk_gib,
-            "reserved_vcpu_count": report.reserved.vcpu_count,
-            "reserved_memory_mib": report.reserved.memory_mib,
-            "reserved_disk_gib": report.reserved.disk_gib,
-            "underlay_ip": report.underlay_ip,
-            "agent_version": report.agent_version,
-            "hypervisor_type": report.hypervisor_type,
-            "hypervisor_version": report.hypervisor_version,
-            "cpu_arch": report.cpu_arch,
-            "traits": list(report.traits),
-            "update_time": moment,
-            "version": Host.version + 1,
-        }
-        tables.changed("host", host_id, "")
     mine = (Host.id == host_id) & (Host.report_number == number)
-    return bool(Host.update(values).where(mine).execute())
+    tables.changed("host", host_id, "")
+    return bool(
+        Host.update(
+            report_time=moment,
+            incarnation=report.incarnation,
+            name=report.name,
+            vcpu_count=report.total.vcpu_count,
+            memory_mib=report.total.memory_mib,
+            disk_gib=report.total.disk_gib,
+            reserved_vcpu_count=report.reserved.vcpu_count,
+            reserved_memory_mib=report.reserved.memory_mib,
+            reserved_disk_gib=report.reserved.disk_gib,
+            underlay_ip=report.underlay_ip,
+            agent_version=report.agent_version,
+            hypervisor_type=report.hypervisor_type,
+            hypervisor_version=report.hypervisor_version,
+            cpu_arch=report.cpu_arch,
+            traits=list(report.traits),
+            update_time=moment,
+            version=Host.version + 1,
+        )
+        .where(mine)
+        .execute()
+    )
+
+
+def keep_alive(
+    store: Database, streams: Collection[tuple[str, int]]
+) -> tuple[set[tuple[str, int]], int]:
+    """Record that hosts have reported, with nothing new to tell.
+
+    Args:
+        streams: (host, number of its stream).
+
+    Returns:
+        Those that are their hosts' newest, and the time that was recorded.
+    """
+    moment = database.now()
+    rows = Host.select(Host.id, Host.report_number).where(Host.id.in_([id_ for id_, _ in streams]))
+    newest = {(row.id, row.report_number) for row in store.locked(rows.order_by(Host.id))}
+    current = newest & set(streams)
+    Host.update(report_time=moment).where(Host.id.in_([id_ for id_, _ in current])).execute()
+    return current, moment
+
+
+def report_times() -> dict[str, int]:
+    """Return when each host has reported last: µs since 1970."""
+    query = Host.select(Host.id, Host.report_time).where(Host.delete_time.is_null())
+    return {row.id: row.report_time for row in query}
 
 
 def _claim(row: Any) -> placement_pb2.Claim:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import socket
-
 from mcloud.volume.v1 import (
     attachment_service_pb2_grpc,
+    invariant_service_pb2_grpc,
     operation_service_pb2_grpc,
+    schema_service_pb2_grpc,
     session_service_pb2_grpc,
     volume_service_pb2_grpc,
 )
-from mcloud_controlplane.core import operations, sessions, workflow
+from mcloud_controlplane.core import operations, sessions
 from mcloud_controlplane.core.mutation import Frame
+from mcloud_controlplane.core.pruner import Pruner
 from mcloud_controlplane.core.runtime import Runtime
-from mcloud_controlplane.volume import model, storage_store, volume_workflow
+from mcloud_controlplane.core.schema_service import SchemaServicer
+from mcloud_controlplane.volume import invariants, model, storage_store, volume_workflow
 from mcloud_controlplane.volume.attachment_service import AttachmentServicer
 from mcloud_controlplane.volume.volume_service import VolumeServicer
 
@@ -21,14 +23,6 @@ from mcloud_controlplane.volume.volume_service import VolumeServicer
 def register(runtime: Runtime) -> None:
     """Offer the volume service and run its workflows."""
     database = runtime.database("volume", model.open_database)
-    runner = workflow.Runner(
-        database,
-        model.shared,
-        volume_workflow.workflows(database),
-        probe=runtime.probe,
-        lease_s=runtime.settings.operation_lease_s,
-        host_name=socket.gethostname(),
-    )
     frame = Frame(database, model.shared, "vop", runtime.settings.operation_deadline_s)
     hosts = sessions.Sessions(
         database,
@@ -49,4 +43,13 @@ def register(runtime: Runtime) -> None:
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         operations.OperationServicer(database, model.shared),
     )
-    runtime.background(runner.run(), "workflows of volumes")
+    runtime.add(
+        schema_service_pb2_grpc.add_SchemaServiceServicer_to_server,
+        SchemaServicer("volume", database, model.shared, runtime.process),
+    )
+    runtime.add(
+        invariant_service_pb2_grpc.add_InvariantServiceServicer_to_server,
+        invariants.InvariantServicer(database, invariants.INVARIANTS, invariants.count),
+    )
+    runtime.run_workflows(database, model.shared, volume_workflow.workflows(database))
+    runtime.background(Pruner(database, model.shared, runtime.settings).run(), "pruner of volume")

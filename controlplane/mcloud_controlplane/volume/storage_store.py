@@ -14,6 +14,7 @@ from mcloud.common.v1 import session_pb2
 from mcloud.volume.v1 import export_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import database, sessions, tables
+from mcloud_controlplane.core.session_follower import Pending
 from mcloud_controlplane.volume.model import Attachment, StorageHost, Volume, locked, shared
 
 log = structlog.get_logger()
@@ -33,8 +34,9 @@ def on_hello(host_id: str, hello: session_pb2.Hello) -> None:
 
 def is_silent(host_id: str) -> bool:
     """Tell whether a host's lease has run out."""
-    session = shared.host_session.get_or_none(shared.host_session.host_id == host_id)
-    return session is None or session.lease_expire_time < database.now()
+    session = shared.host_session
+    here = (session.host_id == host_id) & shared.connected()
+    return not session.select(session.host_id).where(here).exists()
 
 
 def silent(host_id: str) -> errors.Unavailable:
@@ -74,9 +76,7 @@ def choose(size_gib: int) -> str:
     """
     session = shared.host_session
     # Outside of the lock: in which order to try. The lock is taken on one row at a time.
-    alive = session.select(session.host_id).where(
-        session.storage & (session.lease_expire_time > database.now())
-    )
+    alive = session.select(session.host_id).where(session.storage & shared.connected())
     hosts = [row.host_id for row in alive]
     used = _used_gib(hosts)
     for host_id in sorted(hosts, key=lambda host: (used.get(host, 0), host)):
@@ -132,6 +132,13 @@ class VolumeSource:
     def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return what the host has not reached."""
         return _desired(host_id, Volume.observed_generation < Volume.desired_generation)
+
+    def pending(self) -> Sequence[Pending]:
+        """Return the volumes whose desired generation their hosts have not reached."""
+        query: Any = Volume.select(
+            Volume.host_id, Volume.id, Volume.desired_generation, Volume.absent
+        ).where(Volume.observed_generation < Volume.desired_generation)
+        return [Pending(*row) for row in query.tuples()]
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that is to be on the host, and its tombstones."""

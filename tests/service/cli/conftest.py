@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import ports
 from mcloud_cli.main import main
 
 _START_S = 90.0
@@ -129,10 +130,7 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
 
 
 def _free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
+    return ports.free(), ports.free()
 
 
 def _await_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

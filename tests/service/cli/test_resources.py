@@ -255,6 +255,9 @@ def test_hosts_and_domains_of_an_empty_cloud(cli: Cli) -> None:
     assert cli.json("host", "list") == []
     assert "(HOST_NOT_FOUND)" in cli.error("host", "enable", "nowhere", code=3)
     assert "things checked, 0 findings" in cli.run("admin", "verify")
+    assert cli.run("admin", "repair", "--dry-run").strip() == "Nothing to repair"
+    only = ("--only", "CLAIM_WITHOUT_DOMAIN", "--resource", "d-0")
+    assert cli.run("admin", "repair", "--yes", *only).strip() == "Nothing to repair"
 
 
 def test_lists_take_filter_order_and_limit(cli: Cli) -> None:

@@ -27,6 +27,9 @@ class Host:
         self.name = name
         self.desired: dict[str, session_pb2.Desired] = {}
         self.willing = True  # tombstones are answered at once
+        self.eager = False  # so is everything else: domains run
+        self.answers = True  # what it has, when it is asked
+        self.artifacts: list[session_pb2.Artifact] = []  # what it has, domains that run included
         self._room = {"vcpu_count": 4, "memory_mib": 4096, "disk_gib": 40, **room}
         self._channel = client.as_host(self.id)
         self._out: asyncio.Queue[session_pb2.SessionRequest] = asyncio.Queue()
@@ -80,6 +83,10 @@ class Host:
             sequence=self._sequence, absent=desired.absent, **values,
         )  # fmt: skip
         observed.status.Pack(domain_pb2.DomainStatus(state=state))
+        kept = [each for each in self.artifacts if each.owner_id != desired.id]
+        if not desired.absent:
+            kept.append(artifact(session_pb2.Artifact.KIND_DOMAIN, desired.id))
+        self.artifacts = kept
         self._out.put_nowait(session_pb2.SessionRequest(observed=observed))
 
     def run(self, desired: session_pb2.Desired) -> None:
@@ -118,6 +125,8 @@ class Host:
             for sequence in itertools.count(1):
                 yield self._facts(sequence)
                 await asyncio.sleep(_REPORT_S)  # as hosts do
+                renewal = session_pb2.SessionRequest(renewal=session_pb2.Renewal())
+                self._out.put_nowait(renewal)
 
         async for _ in rpc.received(stub.ReportHost(reports())):
             self._reported.set()
@@ -132,6 +141,11 @@ class Host:
 
         stub = domain_service_pb2_grpc.SessionServiceStub(self._channel)
         async for message in rpc.received(stub.OpenSession(requests())):
+            if message.WhichOneof("message") == "listing_request" and self.answers:
+                listing = session_pb2.Listing(
+                    id=message.listing_request.id, artifacts=self.artifacts
+                )
+                self._out.put_nowait(session_pb2.SessionRequest(listing=listing))
             if message.WhichOneof("message") != "desired":
                 continue
             async with self._changed:
@@ -139,9 +153,15 @@ class Host:
                 self._changed.notify_all()
             if message.desired.absent and self.willing:
                 self.remove(message.desired)
+            elif self.eager and not message.desired.absent:
+                self.run(message.desired)
 
 
 def _instance(desired: session_pb2.Desired) -> str:
     spec = domain_pb2.DomainDesired()
     desired.spec.Unpack(spec)
     return spec.instance_id
+
+
+def artifact(kind: Any, owner_id: str, name: str = "", **values: Any) -> session_pb2.Artifact:
+    return session_pb2.Artifact(kind=kind, owner_id=owner_id, name=name or owner_id, **values)

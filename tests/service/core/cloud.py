@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mcloud.identity.v1 import (
     user_service_pb2,
     user_service_pb2_grpc,
 )
-from mcloud_base import errors, ids, rpc, tls
+from mcloud_base import endpoints, errors, ids, rpc, tls
 from mcloud_controlplane.core import pki
 from mcloud_controlplane.settings import SERVICES
 
@@ -48,17 +48,24 @@ class ControlPlane:
     public: str
     internal: str
     database: str
+    pids: list[int] = field(default_factory=list)  # its process, and those before it
+
+    @property
+    def log(self) -> Path:
+        return self.state_dir.parent / "log"
 
     def authority(self) -> pki.Authority:
         return pki.Authority(self.state_dir / "pki")
 
 
-def run(directory: Path, ports: list[int], database: str) -> Iterator[ControlPlane]:
-    """Start one; end it by SIGTERM, cleanly."""
-    made = ControlPlane(
-        directory / "state", f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", database
-    )
+def run(
+    directory: Path, ports: list[int], database: str, **settings: Any
+) -> Iterator[ControlPlane]:
+    """Start one; end it by SIGTERM, cleanly. A further one has the first's `state_dir`."""
+    state_dir = Path(settings.get("state_dir", directory / "state"))
+    made = ControlPlane(state_dir, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", database)
     values = {
+        **settings,
         "state_dir": str(made.state_dir),
         "public_listen": made.public,
         "internal_listen": made.internal,
@@ -74,6 +81,7 @@ def run(directory: Path, ports: list[int], database: str) -> Iterator[ControlPla
             stderr=file,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
+    made.pids.append(process.pid)
     try:
         end = time.monotonic() + _START_S
         while b"control plane serves" not in log.read_bytes():
@@ -115,7 +123,7 @@ class Client:
 
     def _internal(self, identity: tls.Identity) -> grpc.aio.Channel:
         channel = rpc.channel(
-            self.plane.internal, identity.channel_credentials(), server_name=pki.INTERNAL_NAME
+            self.plane.internal, identity.channel_credentials(), server_name=endpoints.SERVICE_NAME
         )
         self._opened.append(channel)
         return channel

@@ -37,6 +37,7 @@ class Keys:
     """The service of key pairs, as one caller sees it."""
 
     def __init__(self, channel: Any, who: rpc.Metadata) -> None:
+        self.channel = channel
         self.stub = key_pair_service_pb2_grpc.KeyPairServiceStub(channel)
         self.who = who
 
@@ -58,6 +59,9 @@ class Keys:
 
     async def names(self, **values: Any) -> list[str]:
         return [key.metadata.name for key in (await self.list(**values)).key_pairs]
+
+    def list_request(self) -> key_pair_service_pb2.ListKeyPairsRequest:
+        return key_pair_service_pb2.ListKeyPairsRequest()
 
     def watch(self, **values: Any) -> Any:
         request = key_pair_service_pb2.WatchKeyPairsRequest(**values)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
+import ports
 from fixtures_postgresql import DATABASES, postgresql_server  # noqa: F401
 from service.core.cloud import Client, ControlPlane, run
 
@@ -19,6 +20,13 @@ def plane(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ControlPlane]:
     """A control plane for the tests of a module; they keep to projects of their own."""
+    yield from started(request, tmp_path_factory)
+
+
+def started(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, **settings: Any
+) -> Iterator[ControlPlane]:
+    """Start one over the database of the fixture's parameter, for a fixture of a module's own."""
     database = "sqlite"
     if request.param == "pg":
         server = request.getfixturevalue("postgresql_server")
@@ -26,7 +34,7 @@ def plane(
         for name in DATABASES:
             server.execute(f"CREATE SCHEMA {schema}", name)
         database = server.url("{name}", schema)
-    yield from run(tmp_path_factory.mktemp("plane"), _free_ports(), database)
+    yield from run(tmp_path_factory.mktemp("plane"), free_ports(), database, **settings)
 
 
 @pytest.fixture
@@ -36,11 +44,5 @@ async def client(plane: ControlPlane) -> AsyncIterator[Client]:
     await made.close()
 
 
-def _free_ports() -> list[int]:
-    found = [socket.socket() for _ in range(2)]
-    for each in found:
-        each.bind(("127.0.0.1", 0))
-    ports = [int(each.getsockname()[1]) for each in found]
-    for each in found:
-        each.close()
-    return ports
+def free_ports() -> list[int]:
+    return [ports.free(), ports.free()]

@@ -21,7 +21,7 @@ _ELSEWHERE = """
 import sys, peewee
 from mcloud_controlplane.core import schema, tables
 proxy = peewee.DatabaseProxy()
-opened = schema.open_database(sys.argv[1], proxy, tables.bind(proxy), [], version=1)
+opened = schema.open_database("image", sys.argv[1], proxy, tables.bind(proxy))
 opened.write_now(tables.changed, sys.argv[2], "x-1", "")
 opened.close()
 """
@@ -36,7 +36,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def opened(url: str) -> Iterator[Database]:
-    database = schema.open_database(url, _PROXY, _SHARED, [], version=1)
+    database = schema.open_database("image", url, _PROXY, _SHARED)
     yield database
     database.close()
 
@@ -52,6 +52,22 @@ async def test_only_changes_of_the_wanted_types_wake(opened: Database) -> None:
         await opened.write(tables.changed, "host", "h-1", "")
         async with asyncio.timeout(10):
             await host.wait()
+
+
+async def test_who_waits_for_one_resource_is_woken_by_that_one(opened: Database) -> None:
+    async with asyncio.timeout(30):
+        with opened.listening("host", id_="h-1") as one, opened.listening("host") as any_:
+            woken = []
+            for id_ in ("h-2", "h-3"):
+                any_.clear()
+                one.clear()
+                await opened.write(tables.changed, "host", id_, "")
+                await any_.wait()
+                woken.append(one.is_set())
+            # A commit of the file's other users may wake anybody, but not each time.
+            assert not all(woken)
+            await opened.write(tables.changed, "host", "h-1", "")
+            await one.wait()
 
 
 async def test_another_processs_commit_wakes(opened: Database, url: str) -> None:

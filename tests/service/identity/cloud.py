@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -28,19 +27,12 @@ from mcloud.identity.v1 import (
     user_service_pb2,
     user_service_pb2_grpc,
 )
-from mcloud_base import errors, ids, rpc, tls
-from mcloud_controlplane.core import pki
+from mcloud_base import endpoints, errors, ids, rpc, tls
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.settings import Settings
 
 Role = options_pb2.Rule
 PASSWORD = "correct horse"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Stubs:
@@ -79,7 +71,7 @@ class Cloud:
             rpc.channel(
                 self.settings.internal_listen,
                 identity.channel_credentials(),
-                server_name=pki.INTERNAL_NAME,
+                server_name=endpoints.SERVICE_NAME,
             )
         )
 

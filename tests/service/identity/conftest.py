@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import ports
 from mcloud_controlplane.__main__ import serve
 from mcloud_controlplane.settings import Settings
-from service.identity.cloud import Cloud, free_port
+from service.identity.cloud import Cloud
 
 
 @pytest.fixture
@@ -17,8 +18,8 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
     return Settings(
         state_dir=tmp_path / "state",
         services=("identity",),
-        public_listen=f"127.0.0.1:{free_port()}",
-        internal_listen=f"127.0.0.1:{free_port()}",
+        public_listen=f"127.0.0.1:{ports.free()}",
+        internal_listen=f"127.0.0.1:{ports.free()}",
         database=database_url,
     )
 

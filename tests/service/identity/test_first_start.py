@@ -7,11 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import ports
 from mcloud.identity.v1 import user_service_pb2
 from mcloud_base import rpc
 from mcloud_controlplane.__main__ import serve
 from mcloud_controlplane.settings import Settings
-from service.identity.cloud import Cloud, eventually, free_port
+from service.identity.cloud import Cloud, eventually
 
 
 async def test_several_processes_make_one_administrator(tmp_path: Path, settings: Settings) -> None:
@@ -20,8 +21,8 @@ async def test_several_processes_make_one_administrator(tmp_path: Path, settings
         config = tmp_path / f"{number}.toml"
         config.write_text(
             f'state_dir = "{settings.state_dir}"\nservices = ["identity"]\n'
-            f'public_listen = "127.0.0.1:{free_port()}"\n'
-            f'internal_listen = "127.0.0.1:{free_port()}"\n'
+            f'public_listen = "127.0.0.1:{ports.free()}"\n'
+            f'internal_listen = "127.0.0.1:{ports.free()}"\n'
             f'database = "{settings.database}"\n'
         )
         started.append(

@@ -25,7 +25,7 @@ from mcloud.volume.v1 import (
     session_service_pb2_grpc,
     volume_service_pb2_grpc,
 )
-from mcloud_base import ids, rpc, tls
+from mcloud_base import endpoints, ids, rpc, tls
 from mcloud_controlplane.core import pki
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.settings import Settings
@@ -102,7 +102,7 @@ class StorageCloud(cloud.Cloud):
         channel = rpc.channel(
             self.settings.internal_listen,
             identity.channel_credentials(),
-            server_name=pki.INTERNAL_NAME,
+            server_name=endpoints.SERVICE_NAME,
         )
         host = Host(host_id, identity, StorageStubs(channel))
         self._hosts.append(host)

@@ -14,12 +14,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+import ports
 from mcloud.image.v1 import image_pb2, image_service_pb2
 from mcloud_base import errors, rpc
 from mcloud_controlplane.core import database
 from mcloud_controlplane.image import contents, model, sweeper
 from mcloud_controlplane.settings import Settings
-from service.identity.cloud import eventually, free_port, refused
+from service.identity.cloud import eventually, refused
 from service.image.cloud import (
     Project,
     StorageCloud,
@@ -257,13 +258,13 @@ async def test_an_upload_survives_the_death_of_its_process(
 ) -> None:
     """A second process serves the upload and is killed in the middle of it."""
     id_ = (await cloud.create_image(project.user)).metadata.id
-    public = f"127.0.0.1:{free_port()}"
+    public = f"127.0.0.1:{ports.free()}"
     config = tmp_path / "second.toml"
     config.write_text(
         f'state_dir = "{settings.state_dir}"\n'
         'services = ["image"]\n'
         f'public_listen = "{public}"\n'
-        f'internal_listen = "127.0.0.1:{free_port()}"\n'
+        f'internal_listen = "127.0.0.1:{ports.free()}"\n'
         f'internal_endpoints = {{ identity = "{settings.internal_listen}" }}\n'
     )
     process = await asyncio.create_subprocess_exec(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -49,8 +48,7 @@ from mcloud.network.v1 import (
     subnet_service_pb2,
     subnet_service_pb2_grpc,
 )
-from mcloud_base import errors, ids, rpc, tls
-from mcloud_controlplane.core import pki
+from mcloud_base import endpoints, errors, ids, rpc, tls
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.settings import Settings
 
@@ -67,12 +65,6 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "Router": (router_service_pb2, router_pb2.Router),
     "FloatingIp": (floating_ip_service_pb2, floating_ip_pb2.FloatingIp),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Stubs:
@@ -185,7 +177,7 @@ class Cloud:
             rpc.channel(
                 self.settings.internal_listen,
                 identity.channel_credentials(),
-                server_name=pki.INTERNAL_NAME,
+                server_name=endpoints.SERVICE_NAME,
             )
         )
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import ports
 from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
 from mcloud_controlplane.__main__ import serve
 from mcloud_controlplane.core import workflow
 from mcloud_controlplane.settings import Settings
-from service.identity.cloud import free_port
 from service.image.cloud import Project
 from service.volume.cloud import VolumeCloud
 from service.volume.storage_host import StorageHost
@@ -30,8 +30,8 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
     return Settings(
         state_dir=tmp_path / "state",
         services=("identity", "volume"),
-        public_listen=f"127.0.0.1:{free_port()}",
-        internal_listen=f"127.0.0.1:{free_port()}",
+        public_listen=f"127.0.0.1:{ports.free()}",
+        internal_listen=f"127.0.0.1:{ports.free()}",
         database=database_url,
     )
 

@@ -17,7 +17,7 @@ from fakes import pki
 from mcloud.identity.v1 import enrolment_pb2, enrolment_service_pb2, enrolment_service_pb2_grpc
 from mcloud_agents import enrolment
 from mcloud_agents.link import Link
-from mcloud_base import errors, rpc, tls
+from mcloud_base import endpoints, errors, rpc, tls
 
 HOST_ID = "h-0123456789abcdefghjk"
 
@@ -71,7 +71,7 @@ class Identity(enrolment_service_pb2_grpc.EnrolmentServiceServicer):
 
 @asynccontextmanager
 async def serving(identity: Identity, *, internal: bool = False) -> AsyncIterator[str]:
-    own = identity.authority.identity("identity", dns=(enrolment.SERVICE_NAME, "localhost"))
+    own = identity.authority.identity("identity", dns=(endpoints.SERVICE_NAME, "localhost"))
     chain = own.certificate + own.authority
     server = grpc.aio.server()
     enrolment_service_pb2_grpc.add_EnrolmentServiceServicer_to_server(identity, server)
@@ -162,7 +162,7 @@ async def test_who_only_shows_the_authority_is_not_joined(files: enrolment.Files
         channel = rpc.channel(
             f"127.0.0.1:{port}",
             grpc.ssl_channel_credentials(identity.authority.certificate),
-            server_name=enrolment.SERVICE_NAME,
+            server_name=endpoints.SERVICE_NAME,
         )
         async with channel:
             stub = enrolment_service_pb2_grpc.EnrolmentServiceStub(channel)

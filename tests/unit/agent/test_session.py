@@ -278,6 +278,20 @@ async def test_a_listing_is_answered() -> None:
         assert [a.owner_id for a in listing.artifacts] == ["vol-1"]
 
 
+async def test_what_a_newer_service_says_beyond_this_contract_is_ignored() -> None:
+    """A message of a kind that is not known, and fields that are not, of any type."""
+    world = World()
+    later = b"\xfa\x3f\x03new" + b"\xf8\x3f\x63"  # field 1023: a string, a number
+    async with connected(world) as (_, stream, _session):
+        stream.say(session_pb2.SessionResponse.FromString(later))
+        desired = session_pb2.Desired(id="vol-1", epoch="e1", generation=1)
+        desired.MergeFromString(later)
+        stream.say(session_pb2.SessionResponse(desired=desired))
+        await stream.until(lambda: stream.observed)
+        assert world.there == {"vol-1": ("e1", 1)}
+        assert stream.kinds.count("hello") == 1, "it is the same stream"
+
+
 async def test_work_goes_on_while_the_control_plane_is_away() -> None:
     world = World()
     world.gates["vol-1"] = gate = asyncio.Event()

@@ -29,6 +29,20 @@ def instance() -> instance_pb2.Instance:
     return found
 
 
+def test_what_a_newer_cloud_says_is_printed_as_far_as_it_is_known(
+    instance: instance_pb2.Instance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = b"\x08\x63" + b"\xfa\x3f\x03new"  # state 99; field 1023, a string
+    instance.status.MergeFromString(status)
+    columns = [output.Column("STATE", lambda item: output.state(item.status), is_state=True)]
+
+    output.resources([instance], "table", columns)
+    assert capsys.readouterr().out == "STATE\n99\n"
+    for form in ("table", "yaml", "json"):
+        output.resource(instance, form)
+        assert "99" in capsys.readouterr().out
+
+
 def test_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     output.table(["NAME", "STATE"], [["a", "ACTIVE"], ["longer", "ERROR"]])
 

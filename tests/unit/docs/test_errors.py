@@ -27,7 +27,8 @@ def kinds(modules: list[ast.Module]) -> dict[str, str]:
         for node in ast.walk(module):
             if isinstance(node, ast.ClassDef):
                 bases = {getattr(base, "attr", getattr(base, "id", "")) for base in node.bases}
-                codes.update({node.name: codes[base] for base in bases & codes.keys()})
+                for base in bases & codes.keys():
+                    codes[node.name] = codes[base]
     return codes
 
 

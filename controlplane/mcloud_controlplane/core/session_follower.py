@@ -1,0 +1,141 @@
+"""One look at the database for all streams of a process, however many hosts there are.
+
+A change concerns one host, or few. If every stream looked for itself whenever something changes,
+each change would cost a statement a host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import structlog
+
+from mcloud_base import errors
+from mcloud_controlplane.core import tables
+from mcloud_controlplane.core.database import Database
+
+log = structlog.get_logger()
+
+_POLL_S = 5.0  # the net under the wake-ups
+_PAUSE_S = 0.02  # at least, between two looks: what comes in a burst is looked at once
+_LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for
+_NUMBERS_S = 1.0  # at least, between two looks for newer streams of other processes
+
+
+class Pending(NamedTuple):
+    """An object that its host has not brought to its generation yet."""
+
+    host_id: str
+    id: str
+    generation: int
+    absent: bool
+    urgent: bool = True  # somebody waits for it; others are told at leisure
+
+
+@dataclass(eq=False)
+class Stream:
+    """A host's stream to this process.
+
+    `wake` is set when there may be something to send, `urgent` if somebody waits for it.
+    """
+
+    host_id: str
+    number: int
+    sent: dict[str, tuple[int, bool]] = field(default_factory=dict)  # generation, absent; by id
+    sent_time: float = 0.0  # of the last one; monotonic
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    urgent: bool = True
+
+
+class Follower:
+    """Wakes streams whose host has something to do, or has a newer stream.
+
+    Args:
+        pending: returns what hosts have not reached, of all hosts; called within a unit.
+        types: whose changes may change that; none: all.
+    """
+
+    def __init__(
+        self,
+        store: Database,
+        shared: tables.Tables,
+        pending: Callable[[], Collection[Pending]],
+        types: Collection[str],
+    ) -> None:
+        self._database = store
+        self._tables = shared
+        self._pending = pending
+        self._types = types
+        self._streams: set[Stream] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def following(self, stream: Stream) -> Iterator[None]:
+        """Wake a stream from now on."""
+        for other in self._streams:
+            if other.host_id == stream.host_id:
+                other.wake.set()  # to see that it is superseded
+        self._streams.add(stream)
+        if self._task is None:
+            self._task = asyncio.create_task(self._follow(), name="host streams")
+        try:
+            yield
+        finally:
+            self._streams.discard(stream)
+            if not self._streams:
+                self._task.cancel()
+                self._task = None
+
+    async def _follow(self) -> None:
+        looked = 0.0
+        types = (*self._types, "host") if self._types else ()
+        with self._database.listening(*types) as event:
+            while True:
+                event.clear()
+                pause = _POLL_S
+                with_numbers = time.monotonic() - looked > _NUMBERS_S
+                if with_numbers:
+                    looked = time.monotonic()
+                try:
+                    pending, numbers = await self._database.read(self._look, with_numbers)
+                except errors.Error as error:
+                    log.warning("streams of hosts look again", reason=error.reason)
+                except Exception:  # the outermost loop: a fault must not silence every host
+                    log.exception("streams of hosts look again")
+                else:
+                    pause = _LEISURE_S if self._wake(pending, numbers) else _POLL_S
+                await asyncio.sleep(_PAUSE_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await event.wait()
+
+    def _look(self, with_numbers: bool) -> tuple[Collection[Pending], dict[str, int] | None]:
+        table: Any = self._tables.host_session
+        numbers = None
+        if with_numbers:
+            numbers = dict(table.select(table.host_id, table.number).tuples())
+        return self._pending(), numbers
+
+    def _wake(self, pending: Collection[Pending], numbers: dict[str, int] | None) -> bool:
+        """Wake streams that have something to send; tell whether any is to be woken later."""
+        by_host: dict[str, list[Pending]] = {}
+        for each in pending:
+            by_host.setdefault(each.host_id, []).append(each)
+        later, leisure = False, time.monotonic() - _LEISURE_S
+        for stream in self._streams:
+            if numbers is not None and numbers.get(stream.host_id) != stream.number:
+                stream.wake.set()
+            for each in by_host.get(stream.host_id, ()):
+                if stream.sent.get(each.id) == (each.generation, each.absent):
+                    continue
+                if each.urgent or stream.sent_time < leisure:
+                    stream.urgent |= each.urgent
+                    stream.wake.set()
+                else:
+                    later = True
+        return later
