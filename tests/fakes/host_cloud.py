@@ -228,7 +228,8 @@ class HostCloud:
 
         def look() -> Operation | None:
             request = operation_pb2.GetOperationRequest(id=operation.id)
-            seen: Operation = self.call(f"{service}.OperationService/GetOperation", request)
+            method = f"{service}.OperationService/GetOperation"
+            seen: Operation = self.call(method, request, system=True)
             return seen if seen.state in ENDED else None
 
         return operation if operation.state in ENDED else self.until(look, deadline_s)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from itertools import count
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 import ports
-from fixtures_postgresql import DATABASES, Server, postgresql_server, postgresql_url  # noqa: F401
+from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
 from flow import fault_cloud
+from flow.databases import new_schema
 from flow.fault_world import World
 
 BOTH = ("sqlite", pytest.param("postgresql", marks=pytest.mark.postgres))
-_schemas = count(1)
 
 
 @pytest.fixture(scope="module", params=BOTH)
@@ -26,14 +25,6 @@ def module_database(request: pytest.FixtureRequest) -> str:
     if request.param == "sqlite":
         return "sqlite"
     return new_schema(request.getfixturevalue("postgresql_server"))
-
-
-def new_schema(server: Server) -> str:
-    """Return databases that nobody has used, as settings.database takes them."""
-    schema = f"flow{next(_schemas)}"
-    for name in DATABASES:
-        server.execute(f"CREATE SCHEMA {schema}", name)
-    return server.url("{name}", schema)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -9,15 +9,15 @@ import pytest
 
 from fakes.acts import ACTS
 from fixtures_postgresql import Server
-from flow.conftest import new_schema
+from flow.databases import new_schema
 from flow.fault_cloud import Operation
 from flow.fault_world import World
 from flow.trial import Case, cases, try_out
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.postgres]
 
-AT_DO = {"overtake": ("before",), "delete": ("before", "after")}
-AT_UNDO = {"overtake": ("before",), "delete": ("before",)}
+AT_DO = {"delete": ("before", "after")}
+AT_UNDO = {"delete": ("before",)}
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,8 @@ _ELEMENT = libvirt.VIR_DOMAIN_METADATA_ELEMENT
 _LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
 _CONFIG = libvirt.VIR_DOMAIN_AFFECT_CONFIG
 _CURRENT = libvirt.VIR_DOMAIN_AFFECT_CURRENT
+# QEMU's words for a disk's server; libvirt has no code for it. Source: qemu, util/qemu-sockets.c.
+_NOT_CONNECTED = "Failed to connect to '"
 
 
 class LibvirtDriver(ThreadedDriver):
@@ -89,7 +91,8 @@ def _translating(function: Callable[P, T]) -> Callable[P, T]:
     """Make libvirt's failures ours.
 
     Raises:
-        Unavailable: HYPERVISOR_UNAVAILABLE: it could not be asked.
+        Unavailable: HYPERVISOR_UNAVAILABLE: it could not be asked. VOLUME_UNREACHABLE: a volume's
+            server was not there, which its host starts again.
         WrongState: HYPERVISOR_REFUSED: it said no, with its own words.
     """
 
@@ -104,6 +107,8 @@ def _translating(function: Callable[P, T]) -> Callable[P, T]:
                 or error.get_error_domain() in _UNREACHED_DOMAINS
             ):
                 raise Unavailable("HYPERVISOR_UNAVAILABLE", f"libvirt: {text}") from error
+            if _NOT_CONNECTED in text:
+                raise Unavailable("VOLUME_UNREACHABLE", f"libvirt: {text}") from error
             raise WrongState("HYPERVISOR_REFUSED", f"libvirt: {text}") from error
 
     return call

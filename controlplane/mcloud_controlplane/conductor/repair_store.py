@@ -141,7 +141,11 @@ def bury_unknown(job: Job, finding: Finding) -> bool:
             create_time=database.now(),
         )
     elif row.absent and row.absent_time is None and row.host_id == host_id:
-        return True  # its tombstone is on its way
+        # Its tombstone is on its way; another of its traces may show a later generation.
+        if finding.generation < row.generation:
+            return True
+        row.generation = finding.generation + 1
+        row.save()
     elif row.absent_time is not None:
         # It was gone once, and is back: a disk of before, or a backup of the host.
         row.absent, row.absent_time, row.host_id = True, None, host_id
