@@ -84,7 +84,7 @@ def enter_private_network() -> None:
     """Put this process, and what it starts from now on, into a network namespace of its own."""
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare")
-    _run("ip", "link", "set", "lo", "up")
+    run("ip", "link", "set", "lo", "up")
 
 
 @contextmanager
@@ -143,11 +143,11 @@ def private_cloud() -> Iterator[tuple[ControlPlane, Host]]:
     enter_private_network()
     with ExitStack() as stack:
         place = stack.enter_context(directory())
-        lab = place / "lab"
-        stack.callback(_uninterrupted, _lab, "down", "--state", lab)
-        _lab("up", "--state", lab, "--prefix", "mcb")
+        state = place / "lab"
+        stack.callback(uninterrupted, lab, "down", "--state", state)
+        lab("up", "--state", state, "--prefix", "mcb")
         plane = stack.enter_context(control_plane(place / "controlplane", "10.99.0.1"))
-        etc = lab / "hosts" / "h1" / "mcloud" / "etc"
+        etc = state / "hosts" / "h1" / "mcloud" / "etc"
         etc.mkdir(parents=True, exist_ok=True)
         (etc / "agent.toml").write_text(
             f'control_plane = "{plane.public}"\n'
@@ -156,18 +156,19 @@ def private_cloud() -> Iterator[tuple[ControlPlane, Host]]:
             'underlay_device = "br-ex"\n'
             'physical_networks = { external = "br-ex" }\n'
         )
-        inside = ("exec", "--state", lab)
+        inside = ("exec", "--state", state)
         agent = (sys.executable, "-m", "mcloud_agents")
-        token = asyncio.run(_join_token(plane))
+        token = asyncio.run(join_token(plane))
         environment = {**os.environ, "MCLOUD_JOIN_TOKEN": token}
         enrol = (*agent, "enrol", "--control-plane", plane.public)
-        _lab(*inside, "h1", "--", *enrol, environment=environment)
-        _lab(*inside, "--detach", "--log", place / "agent.log", "h1", "--", *agent, "run")
-        uri = f"qemu+unix:///system?socket={lab}/hosts/h1/run/libvirt-sock"
-        yield plane, Host(uri, lab / "hosts" / "h1" / "mcloud" / "lib")
+        lab(*inside, "h1", "--", *enrol, environment=environment)
+        lab(*inside, "--detach", "--log", place / "agent.log", "h1", "--", *agent, "run")
+        uri = f"qemu+unix:///system?socket={state}/hosts/h1/run/libvirt-sock"
+        yield plane, Host(uri, state / "hosts" / "h1" / "mcloud" / "lib")
 
 
-async def _join_token(plane: ControlPlane) -> str:
+async def join_token(plane: ControlPlane) -> str:
+    """Return a one-use token with which host h1 is enrolled."""
     async with Client(plane) as client:
         answer = await client.call(
             enrolment_service_pb2_grpc.EnrolmentServiceStub(client.channel).CreateJoinToken,
@@ -265,17 +266,22 @@ class Client:
         return operation
 
 
-def _lab(verb: str, *arguments: object, environment: dict[str, str] | None = None) -> None:
-    _run(
-        sys.executable,
-        str(SCRIPTS / "lab"),
-        verb,
-        *map(str, arguments),
-        environment=environment,
-    )
+def lab(verb: str, *arguments: object, environment: dict[str, str] | None = None) -> str:
+    """Run scripts/lab; return what it prints.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
+    command = (sys.executable, str(SCRIPTS / "lab"), verb, *map(str, arguments))
+    return run(*command, environment=environment)
 
 
-def _run(*command: str, environment: dict[str, str] | None = None) -> None:
+def run(*command: str, environment: dict[str, str] | None = None) -> str:
+    """Run a command; return what it prints.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
     result = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -288,9 +294,10 @@ def _run(*command: str, environment: dict[str, str] | None = None) -> None:
     )
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} has failed:\n{result.stdout[-2000:]}")
+    return result.stdout
 
 
-def _uninterrupted(function: Any, *arguments: object) -> None:
+def uninterrupted(function: Any, *arguments: object) -> None:
     """Clean up; a second interrupt must not leave half of it."""
     former = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
