@@ -12,11 +12,13 @@ SERVICE_NAME = "mcloud-internal"
 
 
 def split(endpoints: str) -> list[str]:
-    """Return each HOST:PORT of "10.0.0.1:7700,10.0.0.2:7700".
+    """Return each HOST:PORT of "10.0.0.1:7700,10.0.0.2:7700"; a Unix socket, "unix:PATH", as it is.
 
     Raises:
         errors.InvalidArgument: BAD_ENDPOINT.
     """
+    if endpoints.startswith("unix:"):
+        return [endpoints]
     found = [each.strip() for each in endpoints.split(",")]
     for each in found:
         _, port = divide(each)

@@ -73,9 +73,8 @@ class FakeDriver:
             state, reason = State.STATE_RUNNING, ""
             if not running or in_boot < spec.boot_number:
                 guest.boot_count += 1
-        identity = Identity(
-            spec.domain_id, spec.instance_id, spec.epoch, spec.generation, spec.boot_number
-        )
+        boot = max(spec.boot_number, in_boot)
+        identity = Identity(spec.domain_id, spec.instance_id, spec.epoch, spec.generation, boot)
         guest.wanted = domain
         guest.domain = replace(before, state=state, reason=reason, identity=identity)
         if guest.domain.state != before.state:

@@ -182,6 +182,19 @@ class DriverContract:
         assert domain.identity.boot_number == 2
         assert await driver.ensure(domains.resolved(tmp_path, spec)) == domain
 
+    async def test_a_restored_control_plane_forgets_no_boot(
+        self, driver: Driver, tmp_path: Path
+    ) -> None:
+        spec = domains.spec(boot_number=3, generation=3)
+        await driver.ensure(domains.resolved(tmp_path, spec))
+        spec.epoch, spec.generation, spec.boot_number = "epoch-2", 1, 2
+
+        domain = await driver.ensure(domains.resolved(tmp_path, spec))
+
+        assert domain.state == State.STATE_RUNNING
+        assert domain.identity is not None
+        assert (domain.identity.epoch, domain.identity.boot_number) == ("epoch-2", 3)
+
     async def test_foreign_domains_are_shown_and_left_alone(
         self, driver: Driver, tmp_path: Path, plant_foreign: Callable[[str, str], None]
     ) -> None:

@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import libvirt
@@ -276,9 +277,14 @@ class Libvirt:
             raise foreign_domain(domain.name())
         if found is not None:
             check_replacement(found[0], wanted.spec)
+            # A control plane that was restored has forgotten boots: counting goes on from the last.
+            identity = replace(
+                identity, boot_number=max(identity.boot_number, found[0].boot_number)
+            )
         if found is None or found[1] != digest:
             domain = self._connection.defineXML(text)
-        elif found[0] != identity:
+            found = written
+        if found[0] != identity:
             _write_metadata(domain, identity, digest, _CONFIG)
         if not domain.isActive():
             return None

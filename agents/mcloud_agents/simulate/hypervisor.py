@@ -60,6 +60,9 @@ class Hypervisor:
             if known.uuid == spec.uuid and known.identity:
                 check_replacement(known.identity, spec)
         before = self._guests.get(spec.domain_id)
+        boot_number = max(
+            spec.boot_number, before.identity.boot_number if before and before.identity else 0
+        )
         off = spec.power_state == domain_pb2.POWER_STATE_SHUTOFF
         after = Domain(
             name=libvirt_name(spec.instance_id),
@@ -67,7 +70,7 @@ class Hypervisor:
             state=State.STATE_SHUTOFF if off else State.STATE_RUNNING,
             reason=_reason(before, spec) if off else "",
             identity=Identity(
-                spec.domain_id, spec.instance_id, spec.epoch, spec.generation, spec.boot_number
+                spec.domain_id, spec.instance_id, spec.epoch, spec.generation, boot_number
             ),
         )
         if before is None:
