@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ import structlog
 
 from mcloud_base import errors, logs
 from mcloud_controlplane import settings as settings_module
-from mcloud_controlplane.core import migrations, ports, tracing, workflow
+from mcloud_controlplane.core import migrations, ports, tracing, workers, workflow
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.settings import SERVICES, Settings
 
@@ -48,8 +49,7 @@ async def serve(
         errors.WrongState: SCHEMA_UNKNOWN, SCHEMA_BEHIND.
     """
     runtime = Runtime(settings, probe=probe, release=release)
-    for name in settings.services:
-        service = importlib.import_module(f"mcloud_controlplane.{name}.service")
+    for service in _modules(settings):
         service.register(runtime)
     await runtime.start()
     log.info(
@@ -61,7 +61,27 @@ async def serve(
     return runtime
 
 
-async def _run(settings: Settings) -> None:
+def _modules(settings: Settings) -> list[ModuleType]:
+    return [
+        importlib.import_module(f"mcloud_controlplane.{name}.service") for name in settings.services
+    ]
+
+
+def _run(settings: Settings) -> None:
+    """Serve in this process, or in workers of it."""
+
+    def work() -> None:
+        tracing.configure(settings.otlp_endpoint)
+        asyncio.run(_serve_until_told(settings))
+
+    if settings.workers == 1:
+        work()
+    else:
+        _modules(settings)
+        workers.run(settings.workers, work, (settings.public_listen, settings.internal_listen))
+
+
+async def _serve_until_told(settings: Settings) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -134,9 +154,7 @@ def main(
     if context.invoked_subcommand is not None:
         return
     with _told():
-        settings = _settings(config, state_dir, services)
-        tracing.configure(settings.otlp_endpoint)
-        asyncio.run(_run(settings))
+        _run(_settings(config, state_dir, services))
 
 
 @main.command()

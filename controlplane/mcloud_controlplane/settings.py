@@ -22,6 +22,12 @@ def _endpoints(value: str) -> str:
     return value
 
 
+def _database(value: str) -> str:
+    if value != "sqlite" and not value.startswith("postgresql://"):
+        raise ValueError('"sqlite", or "postgresql://user@host:port/mcloud_{name}"')
+    return value
+
+
 Endpoints = Annotated[str, AfterValidator(_endpoints)]
 
 
@@ -33,6 +39,9 @@ class Settings(BaseModel):
     state_dir: Path = Path("/var/lib/mcloud/controlplane")  # authority, SQLite files, image store
     # What this process runs.
     services: tuple[Literal[SERVICES], ...] = SERVICES  # type: ignore[valid-type]
+    # Processes that do so on the same ports, each on a core of its own; with two or more, one that
+    # dies is there again in a fraction of a second.
+    workers: int = Field(1, ge=1, le=64)
     public_listen: str = "127.0.0.1:7700"  # server TLS, bearer tokens
     internal_listen: str = "127.0.0.1:7701"  # client certificates: hosts and services
     # Under which names and addresses clients and hosts reach this process; in its certificate.
@@ -44,7 +53,7 @@ class Settings(BaseModel):
     internal_endpoints: dict[str, Endpoints] = Field(default_factory=dict)
     public_endpoints: dict[str, Endpoints] = Field(default_factory=dict)  # the same, for clients
     # "sqlite" keeps files in state_dir; otherwise "postgresql://user@host:port/mcloud_{name}".
-    database: str = "sqlite"
+    database: Annotated[str, AfterValidator(_database)] = "sqlite"
     image_store: Path | None = None  # where images are kept; if not set, images in state_dir
     token_ttl_s: int = Field(3600, ge=60, le=3600)  # for how long a login is good
     # After which an operation has ended, in an error if need be; most end earlier.

@@ -139,7 +139,7 @@ class Copies:
         )
         self.plane = ControlPlane(directory / "state", public)
         self.programs = [
-            Program(f"control plane {number}", lambda number=number: self._start(number))
+            Program(f"control plane {number}", lambda number=number: self._start(number), _family)
             for number in range(count)
         ]
         for number in range(count):

@@ -1,4 +1,4 @@
-"""Many creations on simulated hosts, while a copy of the control plane is killed every second."""
+"""Many creations on simulated hosts, while each second a process of the control plane is killed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from mcloud_base import errors, ids
 
 HOSTS = 50
 CLIENTS = 16
+WORKERS = 2  # of each copy, besides its first process
 ANSWER_S = 300.0  # within which a creation that is repeated is accepted
 SETTLE_S = 60.0  # after the last kill
 KILL_EVERY_S = 1.0
@@ -79,15 +80,18 @@ async def go(
             while not creating.done():
                 await asyncio.wait({creating}, timeout=KILL_EVERY_S)
                 if not creating.done():
-                    send(drawn.choice(copies.programs).pids(), signal.SIGKILL)
-                    kills += 1
+                    processes = [pid for copy in copies.programs for pid in copy.pids()]
+                    if processes:  # or all of them have been killed, and none is back
+                        send([drawn.choice(processes)], signal.SIGKILL)
+                        kills += 1
             created = creating.result()
             accepted_s = time.monotonic() - began
             say(f"{count} creations accepted after {accepted_s:.0f} s and {kills} kills")
             last_kill = time.monotonic()
             states: Counter[str] = Counter()
+            reasons: Counter[str] = Counter()
             while time.monotonic() - last_kill < SETTLE_S:
-                states = await _states(client)
+                states, reasons = await _states(client)
                 if states["STATE_ACTIVE"] == count:
                     break
                 await asyncio.sleep(0.5)  # looked at as a person would, again and again
@@ -108,7 +112,7 @@ async def go(
         "seed": seed,
         "faults": {"killed: control plane": kills},
         "outcomes": {f"instances {state}": number for state, number in states.items()},
-        "reasons": {},
+        "reasons": dict(reasons),
         "accepted_s": round(accepted_s, 1),
         "settled_s": round(settled_s, 1),
         "wrong": wrong,
@@ -137,17 +141,25 @@ async def _create_all(client: Client, spec: instance_pb2.InstanceSpec, count: in
     return found
 
 
-async def _states(client: Client) -> Counter[str]:
-    """Return how many instances are in each state; nothing while nobody answers."""
+async def _states(client: Client) -> tuple[Counter[str], Counter[str]]:
+    """Return how many instances are in each state, and the reasons of faults.
+
+    Nothing while nobody answers.
+    """
     stub = instance_service_pb2_grpc.InstanceServiceStub(client.channel)
     states: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     token = ""
     try:
         while True:
             request = instance_service_pb2.ListInstancesRequest(page_size=500, page_token=token)
             answer = await client.call(stub.ListInstances, request)
             states.update(State.State.Name(each.status.state) for each in answer.instances)
+            faults = [
+                each.status.fault for each in answer.instances if each.status.HasField("fault")
+            ]
+            reasons.update(f"{fault.reason}: {fault.message}" for fault in faults)
             if not (token := answer.next_page_token):
-                return states
+                return states, reasons
     except errors.Unavailable:
-        return Counter()
+        return Counter(), Counter()

@@ -18,7 +18,6 @@ _OPEN_FILES = 8192  # for some thousand clients and hosts
 
 # Pings end connections whose other side has gone without a word.
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),
     ("grpc.max_send_message_length", 8 << 20),
     ("grpc.keepalive_time_ms", rpc.KEEPALIVE_S * 1000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -72,5 +71,7 @@ def server(
         places=places,
         limits=gate.Limits(settings.default_deadline_s, settings.slow_reader_s),
     )
+    # Workers of one daemon share its ports; nobody else is to take a part of the connections.
+    shared = ("grpc.so_reuseport", int(settings.workers > 1))
     own = _INTERNAL if internal else _PUBLIC
-    return grpc.aio.server(interceptors=[guard], options=(*_OPTIONS, *own))
+    return grpc.aio.server(interceptors=[guard], options=(shared, *_OPTIONS, *own))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
@@ -25,6 +24,9 @@ def configure(endpoint: str = "", exporter: SpanExporter | None = None) -> None:
     """Send spans to an OTLP endpoint ("host:4317") or to the exporter given, or to nobody."""
     global _provider
     if endpoint:
+        # Here, since it is a tenth of a start, and most have no endpoint.
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
         exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True)
     if exporter is None:
         _provider = None
