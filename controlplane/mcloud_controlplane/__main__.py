@@ -18,7 +18,7 @@ import structlog
 
 from mcloud_base import errors, logs
 from mcloud_controlplane import settings as settings_module
-from mcloud_controlplane.core import migrations, ports, tracing, workers, workflow
+from mcloud_controlplane.core import migrations, ports, processes, tracing, workers, workflow
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.settings import SERVICES, Settings
 
@@ -37,18 +37,20 @@ async def serve(
     *,
     probe: workflow.Probe = workflow.no_probe,
     release: migrations.Release = migrations.THIS,
+    life: processes.Life | None = None,
 ) -> Runtime:
     """Start the services of the settings; they run until the runtime is stopped.
 
     Args:
         probe: called around each step of each workflow; for tests of failure.
         release: which schema changes are known; for tests of upgrades.
+        life: of this process, where it has taken the place of another.
 
     Raises:
         errors.Unavailable: PORT_IN_USE.
         errors.WrongState: SCHEMA_UNKNOWN, SCHEMA_BEHIND.
     """
-    runtime = Runtime(settings, probe=probe, release=release)
+    runtime = Runtime(settings, probe=probe, release=release, life=life)
     for service in _modules(settings):
         service.register(runtime)
     await runtime.start()
@@ -70,18 +72,18 @@ def _modules(settings: Settings) -> list[ModuleType]:
 def _run(settings: Settings) -> None:
     """Serve in this process, or in workers of it."""
 
-    def work() -> None:
+    def work(life: processes.Life) -> None:
         tracing.configure(settings.otlp_endpoint)
-        asyncio.run(_serve_until_told(settings))
+        asyncio.run(_serve_until_told(settings, life))
 
     if settings.workers == 1:
-        work()
+        work(processes.Life.first())
     else:
         _modules(settings)
         workers.run(settings.workers, work, (settings.public_listen, settings.internal_listen))
 
 
-async def _serve_until_told(settings: Settings) -> None:
+async def _serve_until_told(settings: Settings, life: processes.Life) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,7 +91,7 @@ async def _serve_until_told(settings: Settings) -> None:
     ports.raise_open_files()
     sys.setswitchinterval(_SWITCH_S)
     gc.set_threshold(*_COLLECTIONS)
-    runtime = await serve(settings)
+    runtime = await serve(settings, life=life)
     waits = [asyncio.create_task(each.wait()) for each in (stopped, runtime.process.unfit)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:

@@ -30,6 +30,19 @@ from mcloud_base import tls
 _HELLO = {"boot_id": "light", "agent_version": "test", "underlay_ip": "127.0.0.1"}
 
 
+class Gate:
+    """The probe of the host's steps: keeps the guest that it is told to from being started."""
+
+    def __init__(self) -> None:
+        self.shut = False
+        self.reached, self.open = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, step: str, moment: str) -> None:
+        if self.shut and (step, moment) == ("16", "before"):
+            self.reached.set()
+            await self.open.wait()
+
+
 class LightHost:
     """Use `async with`.
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fakes.daemon import Daemon
-from fakes.light_host import LightHost
+from fakes.light_host import Gate, LightHost
 from fixtures_postgresql import DATABASES, Server, postgresql_server  # noqa: F401
 from mcloud.common.v1 import operation_pb2, session_pb2
 from mcloud.compute.v1 import instance_pb2, instance_service_pb2
@@ -60,19 +60,6 @@ def _schema(server: Server) -> str:
     for name in DATABASES:
         server.execute(f"CREATE SCHEMA {schema}", name)
     return server.url("{name}", schema)
-
-
-class Gate:
-    """The probe of the host's steps: keeps the guest that it is told to from being started."""
-
-    def __init__(self) -> None:
-        self.shut = False
-        self.reached, self.open = asyncio.Event(), asyncio.Event()
-
-    async def __call__(self, step: str, moment: str) -> None:
-        if self.shut and (step, moment) == ("16", "before"):
-            self.reached.set()
-            await self.open.wait()
 
 
 @pytest.fixture

@@ -38,15 +38,36 @@ class _Use:
     check: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Life:
+    """A process by its id, and the one whose place it has taken: that is dead for certain."""
+
+    id: str
+    predecessor: str = ""
+
+    @staticmethod
+    def first() -> Life:
+        """Return that of a process in a new place."""
+        return Life(secrets.token_hex(8))
+
+    def next(self) -> Life:
+        """Return that of the process that takes this one's place."""
+        return Life(secrets.token_hex(8), self.id)
+
+
 class Process:
     """The process that runs this, as the databases know it.
 
     `unfit` is set when a database has been changed in a way that this release does not survive,
     as may happen to a process that was frozen until it was taken for dead: it has to end.
+
+    Args:
+        life: which process it is; none: one that follows no other.
     """
 
-    def __init__(self, release: Release, services: Sequence[str]) -> None:
-        self.id = secrets.token_hex(8)
+    def __init__(self, release: Release, services: Sequence[str], life: Life | None = None) -> None:
+        self.life = life or Life.first()
+        self.id = self.life.id
         self.release = release
         self.unfit = asyncio.Event()
         self._services = ",".join(services)
@@ -61,7 +82,8 @@ class Process:
         """
         table = shared.process
         moment = database.now()
-        table.delete().where(table.heartbeat_time < moment - _FORGET_US).execute()
+        dead = (table.heartbeat_time < moment - _FORGET_US) | (table.id == self.life.predecessor)
+        table.delete().where(dead).execute()
         values = {"heartbeat_time": moment, "schema_number": schema_number}
         table.insert(
             id=self.id, release=self.release.version, host=socket.gethostname(), pid=os.getpid(),

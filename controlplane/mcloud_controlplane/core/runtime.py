@@ -47,9 +47,10 @@ class Runtime:
         *,
         probe: workflow.Probe = workflow.no_probe,
         release: migrations.Release = migrations.THIS,
+        life: processes.Life | None = None,
     ) -> None:
         self.settings = settings
-        self.process = processes.Process(release, settings.services)
+        self.process = processes.Process(release, settings.services, life)
         self.probe = probe  # of every runner of workflows
         self.authority = pki.Authority(settings.state_dir / "pki")
         self.identity = self.authority.issue_service(
@@ -116,6 +117,7 @@ class Runtime:
             lease_s=self.settings.operation_lease_s,
             probe=self.probe,
             host_name=socket.gethostname(),
+            life=self.process.life,
         )
         self.runners.append(runner)
         self.background(runner.run(), f"workflows: {', '.join(workflows)}")

@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import structlog
 
 from mcloud_base import endpoints, errors
+from mcloud_controlplane.core.processes import Life
 
 log = structlog.get_logger()
 
@@ -31,7 +33,16 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
 
-def run(count: int, work: Callable[[], None], listens: Sequence[str]) -> None:
+Work = Callable[[Life], None]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    life: Life
+    start: float  # monotonic seconds
+
+
+def run(count: int, work: Work, listens: Sequence[str]) -> None:
     """Keep `count` workers running until told to end; end when all of them have.
 
     Args:
@@ -46,19 +57,23 @@ def run(count: int, work: Callable[[], None], listens: Sequence[str]) -> None:
         _refuse_taken(address)
     gc.freeze()  # what is here now stays: workers share its memory, unwritten
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    workers: dict[int, float] = {}  # when each was started, by pid; monotonic seconds
+    workers: dict[int, _Worker] = {}  # by pid
+    missing = [Life.first() for _ in range(count)]
     pause_s, due, status = 0.0, 0.0, 0
     stopping = False
     while workers or not stopping:
-        while not stopping and len(workers) < count and time.monotonic() >= due:
-            workers[_fork(work)] = time.monotonic()
-        wait_s = 3600.0 if stopping or len(workers) == count else due - time.monotonic()
+        while missing and not stopping and time.monotonic() >= due:
+            life = missing.pop()
+            workers[_fork(work, life)] = _Worker(life, time.monotonic())
+        wait_s = due - time.monotonic() if missing and not stopping else 3600.0
         told = signal.sigtimedwait(_SIGNALS, max(wait_s, 0))
         end = told is not None and told.si_signo != signal.SIGCHLD
         for pid, code in _ended(workers):
-            quick = time.monotonic() - workers.pop(pid) < _QUICK_S
+            worker = workers.pop(pid)
+            quick = time.monotonic() - worker.start < _QUICK_S
             if stopping:
                 continue
+            missing.append(worker.life.next())
             log.warning("worker ended", pid=pid, status=code)
             if code == _IN_VAIN:
                 end, status = True, 1
@@ -72,7 +87,7 @@ def run(count: int, work: Callable[[], None], listens: Sequence[str]) -> None:
         raise SystemExit(status)
 
 
-def _ended(workers: dict[int, float]) -> list[tuple[int, int]]:
+def _ended(workers: dict[int, _Worker]) -> list[tuple[int, int]]:
     """Return the pids and statuses of the workers that have ended; below 0: of which signal."""
     found = []
     with suppress(ChildProcessError):
@@ -85,7 +100,7 @@ def _ended(workers: dict[int, float]) -> list[tuple[int, int]]:
     return found
 
 
-def _fork(work: Callable[[], None]) -> int:
+def _fork(work: Work, life: Life) -> int:
     """Start a worker; return its pid."""
     parent = os.getpid()
     pid = os.fork()
@@ -98,7 +113,7 @@ def _fork(work: Callable[[], None]) -> int:
         if os.getppid() != parent:  # it died meanwhile
             os._exit(status)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        work()
+        work(life)
         status = 0
     except (errors.InvalidArgument, errors.WrongState) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,7 @@ from google.rpc import status_pb2
 
 from mcloud.common.v1 import operation_pb2
 from mcloud_base import errors
-from mcloud_controlplane.core import contract, database, tables, tracing
+from mcloud_controlplane.core import contract, database, processes, tables, tracing
 
 log = structlog.get_logger()
 
@@ -109,6 +108,7 @@ class Runner:
         workflows: by name; every workflow of the database.
         concurrency: operations at a time; the others wait in the database.
         lease_s: for how long an operation is left to a runner that has fallen silent.
+        life: of the process; what its predecessor held is gone on with at once.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class Runner:
         lease_s: float = LEASE_S,
         probe: Probe = no_probe,
         host_name: str = "",
+        life: processes.Life | None = None,
     ) -> None:
         self._database = store
         self._tables = shared
@@ -129,7 +130,8 @@ class Runner:
         self._lease_s = lease_s
         self._probe = probe
         self._host_name = host_name
-        self._owner = secrets.token_hex(6)
+        self._life = life or processes.Life.first()
+        self._owner = self._life.id
         self._held: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
         self._event = asyncio.Event()
@@ -140,7 +142,10 @@ class Runner:
         try:
             with self._database.listening("operation") as event:
                 self._event = event
+                inherited = not self._life.predecessor
                 while True:
+                    if not inherited:
+                        inherited = await self._inherit()
                     event.clear()
                     await self._take_all()
                     try:
@@ -156,6 +161,21 @@ class Runner:
             await asyncio.wait(tasks)
             if held:
                 await self._database.write(self._let_go, held)
+
+    async def _inherit(self) -> bool:
+        """Free what the predecessor held; tell whether the database did it."""
+
+        def free() -> None:
+            table = self._tables.operation
+            held = (table.lease_owner == self._life.predecessor) & table.state.in_(_RUNNING)
+            table.update(lease_expire_time=0).where(held).execute()
+
+        try:
+            await self._database.write(free)
+        except errors.Error as error:
+            log.warning("workflow runner could not inherit work", reason=error.reason)
+            return False
+        return True
 
     def _let_go(self, held: list[str]) -> None:
         """Let another runner go on at once."""

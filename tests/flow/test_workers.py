@@ -13,10 +13,13 @@ import pytest
 
 from fakes import releases
 from fakes.daemon import Daemon
+from fakes.light_host import Gate, LightHost
+from mcloud.common.v1 import operation_pb2
 from mcloud.compute.v1 import flavor_service_pb2, flavor_service_pb2_grpc
-from mcloud_base import errors, rpc
+from mcloud_base import errors, ids, rpc, tls
 from mcloud_controlplane.compute import model
-from mcloud_controlplane.core import migrations, processes
+from mcloud_controlplane.core import migrations, pki, processes
+from service.compute.instances import Instances
 
 DEADLINE_S = 60
 
@@ -102,6 +105,33 @@ async def test_what_no_worker_can_mend_ends_the_daemon(daemon: Daemon, tmp_path:
     done = await asyncio.to_thread(daemon.run)
     assert done.returncode == 1
     assert "SCHEMA_UNKNOWN" in done.stderr
+
+
+async def test_a_worker_goes_on_at_once_with_what_its_predecessor_held(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    daemon.stop()
+    # By itself a lease would run out after the test's deadline.
+    daemon.config.write_text(daemon.config.read_text() + "operation_lease_s = 3600\n")
+    await asyncio.to_thread(daemon.start)
+    authority, key, id_ = daemon.plane.authority(), tls.new_key(), ids.new("h")
+    certificate = authority.issue_host(tls.signing_request(key, id_), id_, "127.0.0.1")
+    identity = tls.Identity(key, pki._pem(certificate), authority.certificate)
+    gate = Gate()
+    async with LightHost(tmp_path / "host", daemon.plane.internal, identity, id_, probe=gate):
+        instances = await Instances(daemon.client()).prepare()
+        gate.shut = True
+        creating = await instances.create("held")
+        async with asyncio.timeout(DEADLINE_S):
+            await gate.reached.wait()
+        known = workers(daemon)
+        for pid in known:
+            os.kill(pid, signal.SIGKILL)
+        await until(lambda: len(workers(daemon) - known) == 2)
+        gate.open.set()
+        ended = await instances.wait(creating)
+        assert ended.state == operation_pb2.Operation.STATE_SUCCEEDED, ended.error
+        await instances.client.close()
 
 
 def workers(daemon: Daemon) -> set[int]:
