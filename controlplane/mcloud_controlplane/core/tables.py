@@ -249,8 +249,8 @@ class Tables:
         if not unit.changes:
             return
         table = self.deployment
-        table.update(revision=table.revision + 1).where(table.id == 1).execute()
-        revision = self.revision()
+        counted = table.update(revision=table.revision + 1).where(table.id == 1)
+        revision = counted.returning(table.revision).execute()[0].revision
         moment = database.now()
         rows = [
             (revision, number, type_, resource_id, project_id, change, moment)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import peewee
 import structlog
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
@@ -52,8 +53,14 @@ class Job:
     error: errors.Error | None = None
     trace: list[operation_pb2.OperationStep] = field(default_factory=list)
     response: Message | None = None
+    start: int = 0  # when the running step began
     detail: str = ""
     skipped: str = ""
+
+    def begin_step(self, moment: int) -> None:
+        """Forget what the step before has told."""
+        self.start, self.detail, self.skipped = moment, "", ""
+        self.trace.clear()
 
     def skip(self, reason: str) -> None:
         """Show the running step as not needed."""
@@ -95,6 +102,9 @@ Probe = Callable[[str, int, str, str], Awaitable[None]]
 
 async def no_probe(workflow: str, index: int, act: str, moment: str) -> None:
     """Do nothing."""
+
+
+Row = dict[str, Any]  # of an operation's trace, but for the operation and the attempt
 
 
 class _LeaseLostError(Exception):
@@ -315,23 +325,21 @@ class Runner:
             log.exception("operation's runner failed")
 
     async def _do_all(self, workflow: Workflow, job: Job, position: int, cancelled: bool) -> int:
-        for index in range(position, len(workflow.steps)):
-            step = workflow.steps[index]
-            event = self._cancelled.setdefault(job.operation_id, asyncio.Event())
-            if cancelled or event.is_set():
-                job.error = _cancelled_error()
-                await self._database.write(self._begin_undo, job, index)
-                return index
-            start = self._database.now()
-            await self._database.write(self._begin_step, job, step, start)
+        event = self._cancelled.setdefault(job.operation_id, asyncio.Event())
+        if cancelled:
+            event.set()
+        job.begin_step(self._database.now())
+        await self._database.write(self._begin, job, workflow.steps[position])
+        for index, step in enumerate(workflow.steps[position:], position):
             try:
                 await self._attempt(workflow, index, job, event)
             except errors.Error as error:
                 job.error = error
                 await self._database.write(self._fail_step, job, step, index, error)
                 return index
-            last = index == len(workflow.steps) - 1
-            await self._database.write(self._end_step, workflow, job, step, index, last)
+            moment = self._database.now()
+            await self._database.write(self._end_step, workflow, job, index, moment)
+            job.begin_step(moment)
         return len(workflow.steps)
 
     async def _attempt(
@@ -346,6 +354,8 @@ class Runner:
         pause = 0.1
         while True:
             try:
+                if cancelled.is_set():
+                    raise _cancelled_error()
                 await self._probe(workflow.name, index, "do", "before")
                 await _until_cancelled(step.do(job), cancelled, end)
                 await self._probe(workflow.name, index, "do", "after")
@@ -413,93 +423,85 @@ class Runner:
             raise _LeaseLostError
         tables.changed("operation", job.operation_id, job.project_id)
 
-    def _row(self, job: Job, step: Step, **values: Any) -> None:
-        if step.number == 0:
-            return
-        table = self._tables.operation_step
-        fixed = {"name": step.name, "service": step.service, "host": self._host_name}
-        start = values.pop("start_time", None) or database.now()
-        table.insert(
-            operation_id=job.operation_id,
-            number=step.number,
-            attempt=job.attempt,
-            start_time=start,
-            **fixed,
-            **values,
-        ).on_conflict(
-            conflict_target=[table.operation_id, table.number, table.attempt],
-            update=values,
-        ).execute()
+    def _row(self, step: Step, state: str, start: int, end: int | None, detail: str = "") -> Row:
+        return {
+            "number": step.number,
+            "name": step.name,
+            "service": step.service,
+            "host": self._host_name,
+            "state": state,
+            "start_time": start,
+            "end_time": end,
+            "detail": detail,
+        }
 
-    def _begin_step(self, job: Job, step: Step, start: int) -> None:
-        job.detail = job.skipped = ""
+    def _begin(self, job: Job, step: Step) -> None:
         self._save(job)
-        self._row(job, step, state="RUNNING", start_time=start, end_time=None)
+        rows = [self._row(step, "RUNNING", job.start, None)]
+        _save_rows(self._tables, job.operation_id, job.attempt, rows)
 
-    def _end_step(self, workflow: Workflow, job: Job, step: Step, index: int, last: bool) -> None:
-        self._save(job, position=index + 1)
-        self._row(
+    def _end_step(self, workflow: Workflow, job: Job, index: int, moment: int) -> None:
+        """Save that a step is done, and that the next one runs."""
+        step, rest = workflow.steps[index], workflow.steps[index + 1 :]
+        state, detail = ("SKIPPED", job.skipped) if job.skipped else ("DONE", job.detail)
+        rows = [*map(_row_of, job.trace), self._row(step, state, job.start, moment, detail)]
+        if rest:
+            rows.append(self._row(rest[0], "RUNNING", moment, None))
+        _save_rows(self._tables, job.operation_id, job.attempt, rows)
+        if rest:
+            self._save(job, position=index + 1)
+            return
+        workflow.on_done(job)
+        response = None
+        if job.response is not None:
+            response = any_pb2.Any()
+            response.Pack(job.response)
+        self._save(
             job,
-            step,
-            state="SKIPPED" if job.skipped else "DONE",
-            end_time=database.now(),
-            detail=job.skipped or job.detail,
+            position=index + 1,
+            state="SUCCEEDED",
+            end_time=moment,
+            response=response.SerializeToString() if response else None,
         )
-        save_trace(self._tables, job.operation_id, job.attempt, job.trace)
-        job.trace.clear()
-        if last:
-            workflow.on_done(job)
-            response = None
-            if job.response is not None:
-                response = any_pb2.Any()
-                response.Pack(job.response)
-            self._save(
-                job,
-                state="SUCCEEDED",
-                end_time=database.now(),
-                response=response.SerializeToString() if response else None,
-            )
-            self._export(job.operation_id)
+        self._export(job.operation_id)
 
     def _fail_step(self, job: Job, step: Step, index: int, error: errors.Error) -> None:
-        self._row(job, step, state="FAILED", end_time=database.now(), detail=str(error))
-        save_trace(self._tables, job.operation_id, job.attempt, job.trace)
-        job.trace.clear()
-        self._begin_undo(job, index)
-
-    def _begin_undo(self, job: Job, index: int) -> None:
-        assert job.error is not None
+        row = self._row(step, "FAILED", job.start, database.now(), str(error))
+        rows = [*map(_row_of, job.trace), row]
+        _save_rows(self._tables, job.operation_id, job.attempt, rows)
         self._save(
             job,
             state="UNDOING",
             position=index,
-            error=errors.to_status(job.error).SerializeToString(),
+            error=errors.to_status(error).SerializeToString(),
         )
 
     def _begin_undo_step(self, job: Job, step: Step) -> None:
         self._save(job)
         if job.detail:
-            self._row(job, step, state="UNDOING", detail=job.detail)
+            self._update_row(job, step, state="UNDOING", detail=job.detail)
 
     def _end_undo(self, workflow: Workflow, job: Job, step: Step, index: int) -> None:
         self._save(job, position=max(index - 1, 0))
-        table = self._tables.operation_step
-        if step.number and step.undo is not None:
-            values = {"state": "UNDONE", "end_time": database.now()}
-            if job.detail:
-                values["detail"] = job.detail
-            table.update(values).where(
-                (table.operation_id == job.operation_id)
-                & (table.number == step.number)
-                & (table.attempt == job.attempt)
-                & (table.state.in_(("DONE", "UNDOING", "RUNNING")))
-            ).execute()
+        if step.undo is not None:
+            detail = {"detail": job.detail} if job.detail else {}
+            self._update_row(job, step, state="UNDONE", end_time=database.now(), **detail)
         job.detail = ""
         if index == 0:
             workflow.on_failed(job)
             cancelled = isinstance(job.error, errors.Cancelled)
             self._save(job, state="CANCELLED" if cancelled else "FAILED", end_time=database.now())
             self._export(job.operation_id)
+
+    def _update_row(self, job: Job, step: Step, **values: Any) -> None:
+        """Change the row of a step that is being undone; what has failed is shown as that."""
+        table = self._tables.operation_step
+        table.update(values).where(
+            (table.operation_id == job.operation_id)
+            & (table.number == step.number)
+            & (table.attempt == job.attempt)
+            & (table.state.in_(("DONE", "UNDOING", "RUNNING")))
+        ).execute()
 
     def _export(self, operation_id: str) -> None:
         row = self._tables.operation.get_by_id(operation_id)
@@ -512,22 +514,35 @@ def save_trace(
     shared: tables.Tables, operation_id: str, attempt: int, steps: list[operation_pb2.OperationStep]
 ) -> None:
     """Write the rows that other services timed. Within a unit."""
+    _save_rows(shared, operation_id, attempt, [_row_of(step) for step in steps])
+
+
+def _row_of(step: operation_pb2.OperationStep) -> Row:
+    return {
+        "number": step.number,
+        "name": step.name,
+        "service": step.service,
+        "host": step.host,
+        "state": contract.enum_name(step.state, operation_pb2.OperationStep.State),
+        "start_time": step.start_time.ToMicroseconds(),
+        "end_time": step.end_time.ToMicroseconds() if step.HasField("end_time") else None,
+        "detail": step.detail,
+    }
+
+
+def _save_rows(shared: tables.Tables, operation_id: str, attempt: int, rows: list[Row]) -> None:
+    """Write whole rows of a trace, in one statement; those without a number are not shown."""
     table = shared.operation_step
-    for step in steps:
-        values = {
-            "name": step.name,
-            "service": step.service,
-            "host": step.host,
-            "state": contract.enum_name(step.state, operation_pb2.OperationStep.State),
-            "start_time": step.start_time.ToMicroseconds(),
-            "end_time": step.end_time.ToMicroseconds() if step.HasField("end_time") else None,
-            "detail": step.detail,
-        }
-        table.insert(
-            operation_id=operation_id, number=step.number, attempt=attempt, **values
-        ).on_conflict(
-            conflict_target=[table.operation_id, table.number, table.attempt], update=values
-        ).execute()
+    # The last of a number counts: a statement may not meet a row twice.
+    found = {row["number"]: row for row in rows if row["number"]}
+    if not found:
+        return
+    key = {"operation_id": operation_id, "attempt": attempt}
+    names = ("name", "service", "host", "state", "start_time", "end_time", "detail")
+    table.insert_many([key | row for row in found.values()]).on_conflict(
+        conflict_target=[table.operation_id, table.number, table.attempt],
+        update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in names},
+    ).execute()
 
 
 async def _until_cancelled(work: Awaitable[None], cancelled: asyncio.Event, end: float) -> None:
