@@ -314,13 +314,13 @@ class HostCloud:
         self.call("image.ImageService/UploadImageData", parts())
         return image.metadata.id
 
-    def create(self, name: str = "crash") -> Operation:
-        """Begin to create an instance with a port and the first volume."""
+    def create(self, name: str = "crash", volume: int = 0) -> Operation:
+        """Begin to create an instance with a port and one of the volumes, by default the first."""
         spec = instance_pb2.InstanceSpec(
             flavor_id=self.flavor_id,
             image_id=self.image_id,
             nics=[instance_pb2.InstanceNic(network_id=self.network_id)],
-            volumes=[instance_pb2.InstanceVolume(volume_id=self.volume_ids[0])],
+            volumes=[instance_pb2.InstanceVolume(volume_id=self.volume_ids[volume])],
             config_drive=True,
         )
         method = "compute.InstanceService/CreateInstance"

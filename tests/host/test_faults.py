@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -55,9 +59,51 @@ def change(cloud: HostCloud, method: str, id_: str, **fields: object) -> None:
     assert operation.state == Operation.STATE_SUCCEEDED, operation.error
 
 
+def remove(cloud: HostCloud, id_: str) -> None:
+    cloud.ended(cloud.delete(id_))
+    cloud.gone(id_)
+
+
 def qemu_pid(cloud: HostCloud, id_: str) -> int:
     """As the host counts."""
     return int(cloud.host.run("cat", f"/run/libvirt/qemu/{libvirt_name(id_)}.pid"))
+
+
+@contextmanager
+def killing_starts(id_: str, count: int) -> Iterator[list[int]]:
+    """Kill an instance's QEMU as soon as there is one, so many times; yield those killed."""
+    killed: list[int] = []
+    ended = threading.Event()
+    guest = f"guest={libvirt_name(id_)},".encode()
+
+    def watch() -> None:
+        while len(killed) < count and not ended.wait(0.005):
+            for entry in os.listdir("/proc"):
+                if not entry.isdigit() or int(entry) in killed:
+                    continue
+                with suppress(OSError):
+                    if guest in Path(f"/proc/{entry}/cmdline").read_bytes():
+                        os.kill(int(entry), signal.SIGKILL)
+                        killed.append(int(entry))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_qemu_that_dies_as_it_starts_is_started_again(
+    host_cloud: HostCloud, instance_id: str
+) -> None:
+    change(host_cloud, "StopInstance", instance_id, force=True)
+    with killing_starts(instance_id, 2) as killed:
+        change(host_cloud, "StartInstance", instance_id)
+    assert len(killed) == 2
+    until_state(host_cloud, instance_id, State.STATE_ACTIVE)
+    assert qemu_pid(host_cloud, instance_id)
 
 
 def test_a_killed_qemu_shows_and_the_instance_can_be_started(
@@ -110,15 +156,13 @@ def test_a_killed_libvirtd_takes_no_guest_with_it(host_cloud: HostCloud, instanc
 def test_a_host_without_room_says_so_and_keeps_nothing(
     host_cloud: HostCloud, instance_id: str
 ) -> None:
-    host_cloud.ended(host_cloud.delete(instance_id))
-    host_cloud.gone(instance_id)
+    remove(host_cloud, instance_id)
     host_cloud.host.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", _DISKS)
     try:
         operation = host_cloud.ended(host_cloud.create("no-room"), 120)
         assert operation.state == Operation.STATE_FAILED
         assert errors.from_status(operation.error).reason == "HOST_DISK_FULL"
-        host_cloud.ended(host_cloud.delete(operation.resource.id))
-        host_cloud.gone(operation.resource.id)
+        remove(host_cloud, operation.resource.id)
     finally:
         host_cloud.host.run("umount", "--lazy", _DISKS)
     assert host_cloud.until(lambda: host_cloud.verify() == [])
@@ -132,4 +176,31 @@ def test_a_host_without_room_says_so_and_keeps_nothing(
         host_cloud.ended(host_cloud.delete(operation.resource.id))
         return None
 
-    host_cloud.until(made)
+    remove(host_cloud, host_cloud.until(made).resource.id)
+
+
+def test_an_instance_whose_qemu_dies_at_its_first_start_becomes_active(
+    host_cloud: HostCloud,
+) -> None:
+    operation = host_cloud.create("died-once", volume=1)
+    with killing_starts(operation.resource.id, 1) as killed:
+        operation = host_cloud.ended(operation)
+    assert len(killed) == 1
+    assert operation.state == Operation.STATE_SUCCEEDED, operation.error
+    until_state(host_cloud, operation.resource.id, State.STATE_ACTIVE)
+    remove(host_cloud, operation.resource.id)
+
+
+def test_an_instance_whose_qemu_always_dies_says_so_and_keeps_nothing(
+    host_cloud: HostCloud,
+) -> None:
+    operation = host_cloud.create("died-always", volume=1)
+    with killing_starts(operation.resource.id, 1000) as killed:
+        operation = host_cloud.ended(operation)
+    assert len(killed) >= 5
+    assert operation.state == Operation.STATE_FAILED
+    error = errors.from_status(operation.error)
+    assert error.reason == "HYPERVISOR_REFUSED"
+    assert "ended at each of 5 starts: libvirt: internal error:" in error.message
+    remove(host_cloud, operation.resource.id)
+    assert host_cloud.until(lambda: host_cloud.verify() == [])

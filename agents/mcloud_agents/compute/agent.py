@@ -37,6 +37,7 @@ class Settings:
     host_name: str
     state_dir: Path  # /var/lib/mcloud/compute
     concurrency: int = 16  # domains worked on at a time
+    start_attempts: int = 5  # of a guest whose process dies each time, before that is final
     listing_interval_s: float = 30.0
     listing_pause_s: float = 0.1  # at least, between two listings in a burst of events
     longest_pause_s: float = 60.0  # between attempts at a domain
@@ -225,7 +226,7 @@ class ComputeAgent:
         """Attempt to do what is desired of a domain until it is done."""
         if former:
             await asyncio.wait({former})
-        pause = 0.5
+        pause, deaths = 0.5, 0
         while True:
             try:
                 async with self._slots:
@@ -237,7 +238,8 @@ class ComputeAgent:
             except errors.Error as error:
                 log.warning("domain not reached", domain=managed.record.domain_id,
                             attempt=managed.record.attempt, error=str(error))  # fmt: skip
-                managed.error = errors.to_status(error)
+                deaths += error.reason == "QEMU_DIED"
+                managed.error = errors.to_status(self._verdict(error, deaths))
             except Exception:
                 log.exception("domain not reached", domain=managed.record.domain_id)
                 managed.error = errors.to_status(
@@ -250,6 +252,15 @@ class ComputeAgent:
             self._look.set()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
             pause = min(pause * 2, self._settings.longest_pause_s)
+
+    def _verdict(self, error: errors.Error, deaths: int) -> errors.Error:
+        """Return what the control plane is told: a process that always dies will not run."""
+        if error.reason != "QEMU_DIED" or deaths < self._settings.start_attempts:
+            return error
+        return errors.WrongState(
+            "HYPERVISOR_REFUSED",
+            f"the guest's process has ended at each of {deaths} starts: {error.message}",
+        )
 
     async def _attempt(self, managed: Managed) -> None:
         record = managed.record

@@ -14,11 +14,12 @@ from typing import Protocol
 from mcloud.conductor.v1 import domain_pb2
 from mcloud.network.v1 import dataplane_pb2
 from mcloud.volume.v1 import attachment_pb2
-from mcloud_base.errors import WrongState
+from mcloud_base.errors import Unavailable, WrongState
 
 State = domain_pb2.DomainStatus.State
 
 IO_ERROR = "io error"  # a paused domain's reason: a disk does not answer
+CRASHED = "crashed"  # a shut-off domain's reason: its process has ended by itself
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Driver(Protocol):
     """A hypervisor.
 
     Every operation raises Unavailable (HYPERVISOR_UNAVAILABLE) when the hypervisor does not
-    answer in time, and WrongState (HYPERVISOR_REFUSED) when it answers no.
+    answer in time, and WrongState (HYPERVISOR_REFUSED) when it answers no. A guest's process that
+    is ended under its hands is Unavailable (QEMU_DIED): it may well start the next time.
     """
 
     async def start(self) -> None:
@@ -216,3 +218,8 @@ def foreign_domain(name: str) -> WrongState:
         f"{name} on this host is not mcloud's, and has a name or UUID that is",
         name=name,
     )
+
+
+def qemu_died(message: str) -> Unavailable:
+    """Return the error for a guest's process that was ended while something was done with it."""
+    return Unavailable("QEMU_DIED", message)

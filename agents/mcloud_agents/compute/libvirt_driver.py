@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import structlog
 from mcloud.conductor.v1 import domain_pb2
 from mcloud_agents.compute import domain_xml, host
 from mcloud_agents.compute.driver import (
+    CRASHED,
     IO_ERROR,
     Domain,
     Event,
@@ -31,6 +33,7 @@ from mcloud_agents.compute.driver import (
     check_replacement,
     foreign_domain,
     libvirt_name,
+    qemu_died,
 )
 from mcloud_agents.compute.threaded_driver import Settings, ThreadedDriver
 from mcloud_base.errors import NotFound, Unavailable, WrongState
@@ -62,7 +65,7 @@ _REASONS = {
     (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP): "starting",
     (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN): "guest shut down",
     (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED): "powered off",
-    (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED): "crashed",
+    (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED): CRASHED,
     (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_FAILED): "failed to start",
     (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DAEMON): "found gone by libvirtd",
 }
@@ -79,6 +82,12 @@ _CONFIG = libvirt.VIR_DOMAIN_AFFECT_CONFIG
 _CURRENT = libvirt.VIR_DOMAIN_AFFECT_CURRENT
 # QEMU's words for a disk's server; libvirt has no code for it. Source: qemu, util/qemu-sockets.c.
 _NOT_CONNECTED = "Failed to connect to '"
+# libvirt's words for a QEMU that has ended while it was talked to, and then what QEMU itself wrote.
+# It has no code for it either. Source: libvirt, src/qemu/qemu_process.c, qemu_monitor.c.
+_DIED = re.compile(
+    r"process exited while connecting to monitor|unexpectedly closed the monitor"
+    r"|End of file from qemu monitor|guest unexpectedly quit|domain is no(t| longer) running"
+)
 
 
 class LibvirtDriver(ThreadedDriver):
@@ -89,30 +98,44 @@ class LibvirtDriver(ThreadedDriver):
 
 
 def _translating(function: Callable[P, T]) -> Callable[P, T]:
-    """Make libvirt's failures ours.
-
-    Raises:
-        Unavailable: HYPERVISOR_UNAVAILABLE: it could not be asked. VOLUME_UNREACHABLE: a volume's
-            server was not there, which its host starts again.
-        WrongState: HYPERVISOR_REFUSED: it said no, with its own words.
-    """
+    """Make libvirt's failures ours; see `translated`."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
         except libvirt.libvirtError as error:
-            text = error.get_error_message() or str(error)
-            if (
-                error.get_error_code() in _UNREACHED_CODES
-                or error.get_error_domain() in _UNREACHED_DOMAINS
-            ):
-                raise Unavailable("HYPERVISOR_UNAVAILABLE", f"libvirt: {text}") from error
-            if _NOT_CONNECTED in text:
-                raise Unavailable("VOLUME_UNREACHABLE", f"libvirt: {text}") from error
-            raise WrongState("HYPERVISOR_REFUSED", f"libvirt: {text}") from error
+            raise translated(error) from error
 
     return call
+
+
+def translated(error: Any) -> Unavailable | WrongState:
+    """Return what a libvirtError is to us.
+
+    Unavailable: HYPERVISOR_UNAVAILABLE: libvirt could not be asked. VOLUME_UNREACHABLE: a volume's
+    server was not there, which its host starts again. QEMU_DIED: it ended without a word.
+    WrongState: HYPERVISOR_REFUSED: it said no, with its own words.
+    """
+    text = error.get_error_message() or str(error)
+    if error.get_error_code() in _UNREACHED_CODES or error.get_error_domain() in _UNREACHED_DOMAINS:
+        return Unavailable("HYPERVISOR_UNAVAILABLE", f"libvirt: {text}")
+    if _NOT_CONNECTED in text:
+        return Unavailable("VOLUME_UNREACHABLE", f"libvirt: {text}")
+    if _died_silently(text):
+        return qemu_died(f"libvirt: {text}")
+    return WrongState("HYPERVISOR_REFUSED", f"libvirt: {text}")
+
+
+def _died_silently(text: str) -> bool:
+    """Tell whether QEMU was ended: one that refuses what it is given says why before it exits."""
+    found = _DIED.search(text)
+    if found is None:
+        return False
+    first, *others = text[found.end() :].splitlines() or [""]
+    said = [first.partition(": ")[2], *others]  # what is before it says which domain it was
+    own = (": warning: ", ": terminating on signal ")
+    return all(any(words in line for words in own) for line in said if line.strip())
 
 
 class Libvirt:

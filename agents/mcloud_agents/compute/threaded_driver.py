@@ -19,12 +19,14 @@ import structlog
 
 from mcloud.conductor.v1 import domain_pb2
 from mcloud_agents.compute.driver import (
+    CRASHED,
     Domain,
     Event,
     EventKind,
     HostFacts,
     Listener,
     ResolvedDomain,
+    qemu_died,
 )
 from mcloud_agents.compute.threads import Threads
 from mcloud_base.errors import Error, Unavailable
@@ -266,14 +268,17 @@ class ThreadedDriver:
             running_boot = await self._do(key, hypervisor.define, domain)
             if spec.power_state == domain_pb2.POWER_STATE_SHUTOFF:
                 await self._stop(domain)
-            elif running_boot is None:
-                await self._do(key, hypervisor.start, domain)
-            elif running_boot < spec.boot_number:
-                # A new process, so that whatever only a boot can change is taken up with it.
-                await self._stop(domain)
-                await self._do(key, hypervisor.start, domain)
-            else:
+            elif running_boot is not None and running_boot >= spec.boot_number:
                 await self._plug(domain)
+            else:
+                if running_boot is not None:
+                    # A new process, so that whatever only a boot can change is taken up with it.
+                    await self._stop(domain)
+                await self._do(key, hypervisor.start, domain)
+                found = await self._do(key, hypervisor.conclude, domain)
+                if found.reason == CRASHED:
+                    raise qemu_died(f"the process of {key} has ended right after its start")
+                return found
             return await self._do(key, hypervisor.conclude, domain)
 
     async def ensure_absent(self, domain_id: str, epoch: str, generation: int) -> None:

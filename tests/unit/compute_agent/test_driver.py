@@ -48,3 +48,42 @@ class TestLibvirtTestDriver(DriverContract):
             )
 
         return plant
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("internal error: process exited while connecting to monitor", "QEMU_DIED"),
+        ("internal error: qemu unexpectedly closed the monitor", "QEMU_DIED"),
+        ("internal error: QEMU unexpectedly closed the monitor (vm='instance-1')", "QEMU_DIED"),
+        ("Requested operation is not valid: domain is not running", "QEMU_DIED"),
+        (
+            "internal error: qemu unexpectedly closed the monitor: 2026-01-01T00:00:00.0Z "
+            "qemu-system-x86_64: warning: host doesn't support requested feature: CPUID.svm\n"
+            "2026-01-01T00:00:01.0Z qemu-system-x86_64: terminating on signal 15 from pid 1",
+            "QEMU_DIED",
+        ),
+        (
+            "internal error: process exited while connecting to monitor: qemu-system-x86_64: "
+            "warning: it is old\nqemu-system-x86_64: -nonsense: invalid option",
+            "HYPERVISOR_REFUSED",
+        ),
+        (
+            "internal error: QEMU unexpectedly closed the monitor (vm='instance-1'): "
+            "qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory",
+            "HYPERVISOR_REFUSED",
+        ),
+        ("unsupported configuration: this QEMU does not know 'x'", "HYPERVISOR_REFUSED"),
+        (
+            "internal error: process exited while connecting to monitor: qemu-system-x86_64: "
+            "-blockdev {}: Failed to connect to '192.0.2.1:10809': Connection refused",
+            "VOLUME_UNREACHABLE",
+        ),
+    ],
+)
+def test_who_ended_qemu_is_told_from_libvirts_words(text: str, reason: str) -> None:
+    from mcloud_agents.compute.libvirt_driver import translated
+
+    error = libvirt.libvirtError("start")
+    error.err = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_QEMU, text, 2)
+    assert translated(error).reason == reason
