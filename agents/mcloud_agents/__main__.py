@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mcloud_agents.simulate.command import simulate
+from mcloud_base import cores
 
 if TYPE_CHECKING:
     from mcloud_agents.enrolment import Files
@@ -30,6 +31,7 @@ _CONFIG = click.option(
 @click.group()
 def main() -> None:
     """Make this machine a host of an mcloud, and run its guests."""
+    cores.forbid()
 
 
 @main.command()

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import structlog
 
-from mcloud_base import errors, logs
+from mcloud_base import cores, errors, logs
 from mcloud_controlplane import settings as settings_module
 from mcloud_controlplane.core import migrations, ports, processes, tracing, workers, workflow
 from mcloud_controlplane.core.runtime import Runtime
@@ -153,6 +153,7 @@ def main(
 
     Example: mcloud-controlplane --config /etc/mcloud/controlplane.toml --services identity,compute
     """
+    cores.forbid()
     if context.invoked_subcommand is not None:
         return
     with _told():

@@ -76,3 +76,12 @@ def _parts(path: Path) -> Iterator[bytes]:
         while part := file.read(_CHUNK):
             yield before + part
             before = part[-_OVERLAP:]
+
+
+def assert_no_cores(pid: int) -> None:
+    """No core of a process, nor of what it starts, may hold its memory."""
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    found = re.search(r"Max core file size +(\w+) +(\w+)", limits)
+    assert found, limits
+    assert found.groups() == ("0", "0"), Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert int(Path(f"/proc/{pid}/coredump_filter").read_text(), 16) == 0

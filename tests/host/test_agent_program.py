@@ -21,6 +21,7 @@ import grpc
 import pytest
 
 from fakes import pki
+from fakes.secrecy import assert_no_cores
 from fakes.session_service import ServerStream, SessionService
 from mcloud.conductor.v1 import domain_service_pb2_grpc
 from mcloud.network.v1 import dataplane_pb2
@@ -229,6 +230,8 @@ async def test_the_agent_serves_three_services_and_touches_nothing_when_it_ends(
         (endpoint,) = status.endpoints
         assert await _length(host, stranger, endpoint) == "16 MiB\n"
         (server,) = host.volume_servers()[volume]
+        for pid in (agent.pid, server, *dhcp_servers):
+            assert_no_cores(pid)
 
         agent.terminate()
         async with asyncio.timeout(60):
