@@ -45,7 +45,7 @@ def messages(rows: Sequence[Host]) -> list[host_pb2.Host]:
 
 
 def _message(row: Host, claimed: Sequence[Any]) -> host_pb2.Host:
-    up = row.report_time >= database.now() - _SILENT_US
+    up = abs(database.now() - row.report_time) <= _SILENT_US  # not of before a clock was set back
     status = host_pb2.HostStatus(
         state=host_pb2.HostStatus.STATE_UP if up else host_pb2.HostStatus.STATE_DOWN,
         underlay_ip=row.underlay_ip,
@@ -122,7 +122,8 @@ def list_page(
 def _state_is(value: str) -> Any:
     if value not in ("UP", "DOWN"):
         raise errors.InvalidArgument("BAD_FILTER", "state is UP or DOWN")
-    alive = Host.report_time >= database.now() - _SILENT_US
+    moment = database.now()
+    alive = Host.report_time.between(moment - _SILENT_US, moment + _SILENT_US)
     return alive if value == "UP" else ~alive
 
 

@@ -10,8 +10,6 @@ import secrets
 
 from mcloud_controlplane.core import database, tables
 
-_LONGEST_US = 3_600_000_000  # an expiry further away is of a clock that was set back
-
 
 class Lease:
     """A process's part in one work.
@@ -31,7 +29,9 @@ class Lease:
         """Take or keep the lease; tell whether it is this process's. Within a writing unit."""
         table, moment = self._table, database.now()
         table.insert(name=self._name, owner="", expire_time=0).on_conflict_ignore().execute()
-        free = (table.expire_time < moment) | (table.expire_time > moment + _LONGEST_US)
+        # One that ends later than any that is given now was given before the clock was set back.
+        latest = moment + 2 * self._ttl_us
+        free = (table.expire_time < moment) | (table.expire_time > latest)
         taken = (
             table.update(owner=self._owner, expire_time=moment + self._ttl_us)
             .where((table.name == self._name) & ((table.owner == self._owner) | free))

@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jwt
@@ -29,6 +28,9 @@ log = structlog.get_logger()
 Rule = options_pb2.Rule
 
 ISSUER = "mcloud"
+CLOCKS_DIFFER_S = 300  # at most; a token that was made later than now is of a clock since set back
+# Of reading a token. The library would refuse one of a clock that is a second ahead (verify_iat).
+OPTIONS: Any = {"require": ["exp", "iat", "iss", "sub", "jti"], "verify_iat": False}
 _FEED_SILENT_S = 2.0
 _UNREACHABLE_S = 1.0  # for which identity is not asked again
 _CACHE_SIZE = 10_000
@@ -44,12 +46,6 @@ class Identity(Protocol):
     CheckToken: Callable[..., Awaitable[token_pb2.TokenClaims]]
 
 
-@dataclass(frozen=True)
-class _Verified:
-    claims: dict[str, Any]
-    expire_time: float
-
-
 class TokenChecker:
     """Keeps identity's keys and revocations at hand. Run `follow` for as long as it is used."""
 
@@ -62,7 +58,7 @@ class TokenChecker:
         self._unreachable_until = 0.0  # monotonic time
         self._revoked: dict[str, int] = {}
         self._heard = 0.0  # monotonic time of the feed's last message
-        self._cache: OrderedDict[str, _Verified] = OrderedDict()
+        self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     async def follow(self) -> None:
         """Follow the feed of revocations, for ever."""
@@ -97,41 +93,43 @@ class TokenChecker:
             errors.Unauthenticated: TOKEN_INVALID, TOKEN_EXPIRED, TOKEN_REVOKED.
             errors.Unavailable: IDENTITY_UNAVAILABLE, for a call that changes something.
         """
-        verified = self._cache.get(token)
-        if verified is None:
-            verified = await self._verify(token)
-            self._cache[token] = verified
+        claims = self._cache.get(token)
+        if claims is None:
+            claims = await self._verify(token)
+            self._cache[token] = claims
             if len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
-        if verified.expire_time <= time.time():
+        try:
+            check_time(claims)
+        except errors.Unauthenticated:
             self._cache.pop(token, None)
-            raise _expired()
-        for principal, epoch in verified.claims["epo"].items():
+            raise
+        for principal, epoch in claims["epo"].items():
             if self._revoked.get(principal, 0) > epoch:
                 raise _revoked()
         if time.monotonic() - self._heard > _FEED_SILENT_S:
             await self._check_by_rpc(token, mutates)
-        return verified.claims
+        return claims
 
-    async def _verify(self, token: str) -> _Verified:
+    async def _verify(self, token: str) -> dict[str, Any]:
         try:
             key_id = str(jwt.get_unverified_header(token).get("kid", ""))
             if key_id not in self._keys:
                 await self._await_keys()
             if key_id not in self._keys:
                 raise _invalid()
-            claims = jwt.decode(
+            claims: dict[str, Any] = jwt.decode(
                 token,
                 self._keys[key_id],
                 algorithms=["EdDSA"],
                 issuer=ISSUER,
-                options={"require": ["exp", "iat", "iss", "sub", "jti"]},
+                options=OPTIONS,
             )
         except jwt.ExpiredSignatureError as error:
             raise _expired() from error
         except jwt.InvalidTokenError as error:
             raise _invalid() from error
-        return _Verified(claims, float(claims["exp"]))
+        return claims
 
     async def _await_keys(self) -> None:
         if self._unknown >= _UNKNOWN_LIMIT:
@@ -189,6 +187,17 @@ class TokenChecker:
                     "identity cannot be reached, so nothing can be changed now; try again soon",
                     details=(errors.retry_after(2),),
                 ) from error
+
+
+def check_time(claims: dict[str, Any]) -> None:
+    """Refuse a token that has expired, or would be good for longer than it was made for.
+
+    Raises:
+        errors.Unauthenticated: TOKEN_EXPIRED.
+    """
+    moment = time.time_ns() / 1e9
+    if claims["exp"] <= moment or claims["iat"] > moment + CLOCKS_DIFFER_S:
+        raise _expired()
 
 
 def caller_from_claims(claims: dict[str, Any]) -> auth.Caller:

@@ -142,6 +142,8 @@ class Runner:
         self._host_name = host_name
         self._life = life or processes.Life.first()
         self._owner = self._life.id
+        self._highest = -1  # lease number that was given, as far as is known; -1: look
+        self._moment = 0  # when it was last looked for work
         self._held: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
         self._event = asyncio.Event()
@@ -251,20 +253,25 @@ class Runner:
     def _take(self, free: list[tuple[str, int]]) -> list[Any]:
         table = self._tables.operation
         moment = database.now()
+        if self._highest < 0 or moment < self._moment:  # it was set back: others gave some, too
+            self._highest = table.select(peewee.fn.MAX(table.lease_number)).scalar() or 0
+        self._moment = moment
         taken = []
         for id_, number in free:
             won = (
                 table.update(
                     lease_owner=self._owner,
                     # Higher than those of earlier operations on the same resource, which went with
-                    # their effects in other databases: hence the time.
-                    lease_number=max(number + 1, moment),
+                    # their effects in other databases: hence the time, were it not for clocks that
+                    # are set back.
+                    lease_number=(given := max(number, moment - 1, self._highest) + 1),
                     lease_expire_time=self._expiry(),
                 )
                 .where((table.id == id_) & (table.lease_number == number))
                 .execute()
             )
             if won:
+                self._highest = given
                 taken.append(table.get_by_id(id_))
         return taken
 

@@ -48,8 +48,10 @@ def find_user(name: str) -> User | None:
         errors.Exhausted: TOO_MANY_ATTEMPTS.
     """
     attempt = Attempt.get_or_none(Attempt.name_hash == digest(name))
-    if attempt is not None and attempt.not_before > database.now():
-        raise too_many_attempts((attempt.not_before - database.now()) / 1e6 + 0.5)
+    if attempt is not None:
+        wait_s = (attempt.not_before - database.now()) / 1e6
+        if 0 < wait_s <= _LONGEST_WAIT_S:  # longer: the clock was set back
+            raise too_many_attempts(wait_s + 0.5)
     found: User | None = epoch_store.find(User, User.name == name)
     return found
 

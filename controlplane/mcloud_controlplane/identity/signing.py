@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from mcloud.identity.v1 import token_pb2, token_service_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import convert, database
-from mcloud_controlplane.core.tokens import ISSUER
+from mcloud_controlplane.core.tokens import ISSUER, OPTIONS, check_time
 from mcloud_controlplane.identity.login_store import Grant
 from mcloud_controlplane.identity.model import SigningKey
 
@@ -78,7 +78,7 @@ def read(token: str, known: list[SigningKey]) -> dict[str, Any]:
             Ed25519PublicKey.from_public_bytes(bytes(key.public_key)),
             algorithms=["EdDSA"],
             issuer=ISSUER,
-            options={"require": ["exp", "iat", "iss", "sub", "jti"]},
+            options=OPTIONS,
         )
     except jwt.ExpiredSignatureError as error:
         raise errors.Unauthenticated(
@@ -88,6 +88,7 @@ def read(token: str, known: list[SigningKey]) -> dict[str, Any]:
         raise errors.Unauthenticated(
             "TOKEN_INVALID", "the token is not one of this cloud's; log in again"
         ) from error
+    check_time(claims)
     return claims
 
 

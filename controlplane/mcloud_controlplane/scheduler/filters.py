@@ -24,8 +24,8 @@ class Filter:
 
 
 def alive(hosts: Hosts, need: Need) -> Bools:
-    """Pass hosts that have reported lately."""
-    return hosts.report_time >= need.now - need.silent_after_us
+    """Pass hosts that have reported lately, and not before a clock was set back."""
+    return np.abs(need.now - hosts.report_time) <= need.silent_after_us
 
 
 def enabled(hosts: Hosts, need: Need) -> Bools:
