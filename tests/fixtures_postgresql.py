@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -99,10 +99,22 @@ class Running:
             )
         _await_start(self.server, self._process, self._directory / "log")
 
-    def stop(self) -> None:
-        """Stop it; clients are disconnected."""
-        self._process.send_signal(signal.SIGINT)
+    def stop(self, *, immediately: bool = False) -> None:
+        """Stop it; clients are disconnected.
+
+        Args:
+            immediately: as a crash does; the next start recovers.
+        """
+        self._process.send_signal(signal.SIGQUIT if immediately else signal.SIGINT)
         self._process.wait(timeout=_START_S)
+
+    def freeze(self, *, frozen: bool = True) -> None:
+        """Have it, and who serves each client, answer nothing; or go on."""
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for each in (pid, *map(int, children)):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGSTOP if frozen else signal.SIGCONT)
 
 
 @contextmanager

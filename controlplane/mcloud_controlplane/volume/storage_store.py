@@ -21,6 +21,7 @@ log = structlog.get_logger()
 
 # A capability by which an agent says how much it stores at most: "storage_gib=500".
 _CAPACITY = re.compile(r"storage_gib=(\d{1,9})")
+_RECENTLY_US = 120_000_000  # that a host which has fallen silent may be heard of again
 
 
 def on_hello(host_id: str, hello: session_pb2.Hello) -> None:
@@ -73,6 +74,8 @@ def choose(size_gib: int) -> str:
 
     Raises:
         errors.Exhausted: NO_STORAGE.
+        errors.Unavailable: STORAGE_HOST_SILENT: none answers, but some did a moment ago. So it is
+            after the database was away, in which no host's word could be written down.
     """
     session = shared.host_session
     # Outside of the lock: in which order to try. The lock is taken on one row at a time.
@@ -84,6 +87,13 @@ def choose(size_gib: int) -> str:
         now_used = _used_gib([host_id]).get(host_id, 0)
         if row is not None and (not row.capacity_gib or now_used + size_gib <= row.capacity_gib):
             return str(host_id)
+    recently = session.lease_expire_time > database.now() - _RECENTLY_US
+    if not hosts and session.select().where(session.storage & recently).exists():
+        raise errors.Unavailable(
+            "STORAGE_HOST_SILENT",
+            "no host that stores volumes answers just now; try again in a moment",
+            details=(errors.retry_after(2),),
+        )
     raise errors.Exhausted(
         "NO_STORAGE",
         f"no host that stores volumes has room for {size_gib} GiB ({len(hosts)} answer)",
