@@ -1,29 +1,63 @@
 """Benchmarks: a module each, and the list of them. A new one is a module and a line below.
 
-report.py   figures, their table and their JSON
-cloud.py    a control plane and a host of a benchmark's own, and a client of them
+report.py targets.py       figures, what they are to reach, their table and their JSON
+yardsticks.py echo.py      what the machine does without mcloud
+cloud.py simulated.py      a control plane, a host, simulated hosts of a benchmark's own
+client.py load.py storm.py clients of them, one or many
+counted.py processes.py    statements; CPU time and memory
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
-from benchmarks import boot, start
-from benchmarks.report import Figure
+from benchmarks import boot, burst, create, start
+from benchmarks.plan import Plan
+from benchmarks.report import Curve, Figure
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `scripts/bench NAME` runs."""
+    """What `scripts/bench --only NAME` runs."""
 
-    summary: str
-    run: Callable[[int], list[Figure]]  # takes the number of repeats
+    module: ModuleType
     repeats: int
     quick: int
+    figures: tuple[str, ...]  # that `--only` knows it by as well
+    both: bool = True  # databases matter to it
+
+    @property
+    def summary(self) -> str:
+        """What it measures."""
+        return str(self.module.__doc__).splitlines()[0].rstrip(".")
+
+    @property
+    def run(self) -> Callable[[Plan], list[Figure]]:
+        """Measures."""
+        return self.module.run  # type: ignore[no-any-return]
+
+    @property
+    def growth(self) -> Callable[[Plan], list[Curve]] | None:
+        """Measures at several sizes, where size matters."""
+        found: Any = getattr(self.module, "growth", None)
+        return found  # type: ignore[no-any-return]
 
 
 ALL = {
-    "boot": Benchmark(boot.__doc__.splitlines()[0].rstrip("."), boot.run, repeats=12, quick=3),
-    "start": Benchmark(start.__doc__.splitlines()[0].rstrip("."), start.run, repeats=7, quick=2),
+    "start": Benchmark(
+        start, 7, 2, ("start_time", "idle_memory", "cli_help", "cli_list"), both=False
+    ),
+    "create": Benchmark(
+        create,
+        3,
+        1,
+        ("create_accepted_p50", "create_accepted_p99_64", "create_active_p50", "delete_p50"),
+    ),
+    "storm": Benchmark(
+        burst, 3, 1, ("storm_rate", "storm_unevenness", "storm_delete_rate", "boot_cpu")
+    ),
+    "boot": Benchmark(boot, 12, 3, ("boot_ratio",)),
 }

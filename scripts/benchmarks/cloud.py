@@ -1,4 +1,4 @@
-"""A control plane, and a host with its agent, of a benchmark's own; and a client of them.
+"""A control plane of a benchmark's own, with a real host or with many simulated ones.
 
 Everything is in a network namespace and a directory that nobody else has, so that any number of
 runs, and a cloud that is in use, can be on one machine.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import importlib
 import os
 import shutil
 import signal
@@ -22,26 +21,23 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mcloud.common.v1 import operation_pb2
-from mcloud.identity.v1 import (
-    enrolment_service_pb2,
-    enrolment_service_pb2_grpc,
-    token_service_pb2,
-    token_service_pb2_grpc,
-)
-from mcloud_base import errors, ids, rpc
+from benchmarks import postgresql
+from benchmarks.client import Client
+from benchmarks.plan import Plan
+from benchmarks.processes import Family
+from mcloud.identity.v1 import enrolment_service_pb2, enrolment_service_pb2_grpc
+from mcloud_base import ids
 
 SCRIPTS = Path(__file__).parents[1]
 START_S = 120.0
+ADDRESS = "127.0.0.1"
 _CLONE_NEWNET = 0x40000000
-
-MessageT = TypeVar("MessageT", bound=Message)
+_private = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,18 @@ class ControlPlane:
 
     directory: Path
     public: str
+    pid: int = 0
+    database: str = "sqlite"  # as in its settings
+
+    @property
+    def processes(self) -> Family:
+        """What it runs in."""
+        return Family(self.pid)
+
+    @property
+    def counts(self) -> Path:
+        """The socket of one that counts its statements."""
+        return self.directory / "counts"
 
     @property
     def authority(self) -> Path:
@@ -81,18 +89,33 @@ def directory() -> Iterator[Path]:
 
 
 def enter_private_network() -> None:
-    """Put this process, and what it starts from now on, into a network namespace of its own."""
+    """Put this process, and what it starts from now on, into a network namespace of its own.
+
+    Once: threads that gRPC has started by then would stay behind in the one before.
+    """
+    global _private
+    if _private:
+        return
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare")
     run("ip", "link", "set", "lo", "up")
+    _private = True
 
 
 @contextmanager
-def control_plane(place: Path, address: str) -> Iterator[ControlPlane]:
-    """Run a control plane, on ports 7700 and 7701 of an address."""
+def control_plane(
+    place: Path, address: str, database: str = "sqlite", *, counted: bool = False
+) -> Iterator[ControlPlane]:
+    """Run a control plane, on ports 7700 and 7701 of an address; its settings are the defaults.
+
+    Args:
+        counted: it counts its statements (counted.py).
+    """
     place.mkdir(exist_ok=True)
+    state = place / "state"
     settings = {
-        "state_dir": f'"{place / "state"}"',
+        "database": f'"{database}"',
+        "state_dir": f'"{state}"',
         "public_listen": f'"{address}:7700"',
         "internal_listen": f'"{address}:7701"',
         "names": f'["{address}"]',
@@ -100,20 +123,23 @@ def control_plane(place: Path, address: str) -> Iterator[ControlPlane]:
     }
     config = place / "controlplane.toml"
     config.write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
-    running = ControlPlane(place / "state", f"{address}:7700")
+    counting = ("benchmarks.counted", state / "counts")
+    program = counting if counted else ("mcloud_controlplane",)
     with (place / "controlplane.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mcloud_controlplane", "--config", config],
+            [sys.executable, "-m", *program, "--config", config],
+            cwd=SCRIPTS,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # an interrupt from the terminal is for this program only
         )
+    running = ControlPlane(state, f"{address}:7700", process.pid, database)
     try:
         _await_serving(running, process, place / "controlplane.log")
         yield running
     finally:
-        _end(process)
+        end(process)
 
 
 def _await_serving(running: ControlPlane, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -138,7 +164,17 @@ def _serves(running: ControlPlane) -> bool:
 
 
 @contextmanager
-def private_cloud() -> Iterator[tuple[ControlPlane, Host]]:
+def database(plan: Plan, place: Path) -> Iterator[tuple[str, Family | None]]:
+    """Give a database that nobody has used, for the settings, and its server's processes."""
+    if plan.database == "sqlite":
+        yield "sqlite", None
+        return
+    with postgresql.running(place / "postgresql") as server:
+        yield server.url, Family(server.pid)
+
+
+@contextmanager
+def private_cloud(plan: Plan) -> Iterator[tuple[ControlPlane, Host]]:
     """Run a control plane, and a host whose agent is enrolled and has begun to report."""
     enter_private_network()
     with ExitStack() as stack:
@@ -146,7 +182,8 @@ def private_cloud() -> Iterator[tuple[ControlPlane, Host]]:
         state = place / "lab"
         stack.callback(uninterrupted, lab, "down", "--state", state)
         lab("up", "--state", state, "--prefix", "mcb")
-        plane = stack.enter_context(control_plane(place / "controlplane", "10.99.0.1"))
+        url, _ = stack.enter_context(database(plan, place))
+        plane = stack.enter_context(control_plane(place / "controlplane", "10.99.0.1", url))
         etc = state / "hosts" / "h1" / "mcloud" / "etc"
         etc.mkdir(parents=True, exist_ok=True)
         (etc / "agent.toml").write_text(
@@ -176,94 +213,6 @@ async def join_token(plane: ControlPlane) -> str:
             system=True,
         )
     return str(answer.secret)
-
-
-class Reachable(Protocol):
-    """A control plane that a client can reach, whoever runs it."""
-
-    @property
-    def public(self) -> str:
-        """host:port of its public port."""
-
-    @property
-    def authority(self) -> Path:
-        """The certificate that its own is signed by."""
-
-    @property
-    def password(self) -> str:
-        """Of admin."""
-
-
-class Client:
-    """The administrator, over asynchronous stubs."""
-
-    def __init__(self, plane: Reachable) -> None:
-        self._plane = plane
-        credentials = grpc.ssl_channel_credentials(plane.authority.read_bytes())
-        self.channel = rpc.channel(plane.public, credentials)
-        self._tokens: dict[bool, str] = {}
-        self.project_id = ""
-
-    async def __aenter__(self) -> Client:
-        """Log in, to the project and to the system."""
-        password = token_service_pb2.PasswordCredential(
-            user_name="admin", password=self._plane.password
-        )
-        stub = token_service_pb2_grpc.TokenServiceStub(self.channel)
-        for system in (False, True):
-            request = token_service_pb2.CreateTokenRequest(
-                password=password, project="" if system else "default", system=system
-            )
-            answer = await rpc.call(stub.CreateToken, request, timeout_s=30)
-            self._tokens[system] = answer.token
-            self.project_id = self.project_id or answer.claims.project_id
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Hang up."""
-        await self.channel.close()
-
-    def metadata(self, *, system: bool = False) -> Any:
-        """Return what authorizes a call."""
-        return rpc.bearer(self._tokens[system])
-
-    async def call(
-        self, method: Any, request: Any, *, system: bool = False, timeout_s: float = 30
-    ) -> Any:
-        """Call a method of a stub."""
-        metadata = self.metadata(system=system)
-        return await rpc.call(method, request, metadata=metadata, timeout_s=timeout_s)
-
-    async def mutate(
-        self, method: Any, request: Any, answer: type[MessageT], *, system: bool = False
-    ) -> MessageT:
-        """Call a method that returns an operation; wait for its end, return its response."""
-        request.request_id = ids.request_id()
-        operation = await self.call(method, request, system=system)
-        operation = await self.ended(operation, system=system)
-        response = answer()
-        operation.response.Unpack(response)
-        return response
-
-    async def ended(
-        self, operation: operation_pb2.Operation, *, system: bool = False
-    ) -> operation_pb2.Operation:
-        """Wait until an operation has succeeded.
-
-        Raises:
-            errors.Error: what it failed with.
-        """
-        states = operation_pb2.Operation
-        if operation.state in (states.STATE_RUNNING, states.STATE_UNDOING):
-            package = operation.method.strip("/").rpartition("/")[0].rpartition(".")[0]
-            module = importlib.import_module(f"{package}.operation_service_pb2_grpc")
-            request = operation_pb2.WaitOperationRequest(id=operation.id)
-            request.timeout.FromSeconds(300)
-            wait = module.OperationServiceStub(self.channel).WaitOperation
-            operation = await self.call(wait, request, system=system, timeout_s=310)
-        if operation.state != states.STATE_SUCCEEDED:
-            raise errors.from_status(operation.error)
-        return operation
 
 
 def lab(verb: str, *arguments: object, environment: dict[str, str] | None = None) -> str:
@@ -307,7 +256,8 @@ def uninterrupted(function: Any, *arguments: object) -> None:
             signal.signal(number, handler)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a program, by force if need be."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)

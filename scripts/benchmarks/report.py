@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+from benchmarks.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class Figure:
     spread: float = 0.0
     yardstick: float | None = None
     ratio: float | None = None
-    target: float | None = None  # at most this
-    met: bool | None = None
+    target: str | None = None  # "<= 6", "ratio >= 0.4"
+    met: bool | None = None  # None also where the sizes are not those of the target
+    database: str = ""  # that it was measured with, where that matters
 
 
 def figure(
@@ -35,21 +39,34 @@ def figure(
     unit: str,
     *,
     yardstick: Sequence[float] = (),
-    target: float | None = None,
+    holds: bool = True,
 ) -> Figure:
-    """Return the figure that samples make: their median, beside that of the yardstick's."""
+    """Return the figure that samples make: their median, beside that of the yardstick's.
+
+    Args:
+        holds: whether what the target takes for granted is so (none has failed).
+    """
     value = statistics.median(samples)
     beside = statistics.median(yardstick) if yardstick else None
+    ratio = None if not beside else value / beside
+    target = TARGETS.get(name)
     return Figure(
         name,
         _rounded(value),
         unit,
         _rounded(spread(samples)),
         None if beside is None else _rounded(beside),
-        None if beside is None else _rounded(value / beside),
-        target,
-        None if target is None else value <= target,
+        None if ratio is None else _rounded(ratio),
+        None if target is None else str(target),
+        None if target is None else holds and target.met_by(value, ratio),
     )
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    """Return a percentile; of few samples the largest stands for the last ones."""
+    if len(samples) < 2:
+        return max(samples, default=0.0)
+    return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]
 
 
 def spread(samples: Sequence[float]) -> float:
@@ -95,22 +112,56 @@ class Machine:
         )
 
 
+@dataclass(frozen=True)
+class Curve:
+    """How a figure goes with a size: y = factor * size ** exponent, as near as that can be."""
+
+    name: str
+    unit: str
+    of: str  # what the size counts: "hosts"
+    points: Sequence[tuple[float, float]]
+    database: str = ""
+
+    @property
+    def exponent(self) -> float:
+        """0: it does not matter; 1: in proportion. By least squares over the logarithms."""
+        logs = [(math.log(size), math.log(max(value, 1e-9))) for size, value in self.points]
+        slope, _ = statistics.linear_regression(*zip(*logs, strict=True))
+        return round(slope, 2)
+
+    def __str__(self) -> str:
+        points = ", ".join(f"{size:g}: {value:.4g}" for size, value in self.points)
+        return f"{self.name} [{self.unit}] by {self.of}: {points}; ~ {self.of}^{self.exponent:g}"
+
+
 @dataclass
 class Report:
     """Everything that a run has found."""
 
     machine: Machine
+    quick: bool = False
     figures: list[Figure] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+
+    def add(self, figures: Sequence[Figure], database: str) -> Sequence[Figure]:
+        """Take figures in; return them as they are reported: small sizes meet no target."""
+        changes = {"database": database, **({"met": None} if self.quick else {})}
+        added = [replace(each, **changes) for each in figures]  # type: ignore[arg-type]
+        self.figures += added
+        return added
 
     def json(self) -> str:
         """Return it for machines."""
         content = {
             "machine": asdict(self.machine),
+            "quick": self.quick,
             "figures": [asdict(figure) for figure in self.figures],
+            "growth": [{**asdict(curve), "exponent": curve.exponent} for curve in self.curves],
         }
         return json.dumps(content, indent=1) + "\n"
 
-    def table(self, figures: Sequence[Figure]) -> str:
+    @staticmethod
+    def table(figures: Sequence[Figure]) -> str:
         """Return figures for people."""
         rows = [
             (
@@ -119,7 +170,7 @@ class Report:
                 f"±{one.spread / 2:g}",
                 "" if one.yardstick is None else f"{one.yardstick:g} {one.unit}",
                 "" if one.ratio is None else f"{one.ratio:g}",
-                "" if one.target is None else f"≤ {one.target:g}",
+                one.target or "",
                 {True: "met", False: "MISSED", None: ""}[one.met],
             )
             for one in figures

@@ -6,15 +6,15 @@ Meanwhile the hosts are listed, page by page, as operators do. Every instance ha
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from benchmarks.cloud import Client
+from benchmarks import images
+from benchmarks.client import Client
 from mcloud.compute.v1 import (
     flavor_pb2,
     flavor_service_pb2,
@@ -28,7 +28,6 @@ from mcloud.compute.v1 import (
     quota_service_pb2,
     quota_service_pb2_grpc,
 )
-from mcloud.image.v1 import image_pb2, image_service_pb2, image_service_pb2_grpc
 from mcloud.network.v1 import (
     network_pb2,
     network_service_pb2,
@@ -93,7 +92,7 @@ class Storm:
             flavor_pb2.Flavor,
             system=True,
         )
-        image = await self._upload(mark)
+        image = await images.make(client, mark, bytes(_IMAGE_BYTES))
         for number in range(self._network_count):
             network = await client.mutate(
                 network_service_pb2_grpc.NetworkServiceStub(client.channel).CreateNetwork,
@@ -120,8 +119,12 @@ class Storm:
                 )
             )
 
-    async def create(self, number: int, *, clients: int = 32) -> Outcome:
-        """Create instances; each is counted when its operation has ended."""
+    async def create(self, number: int, *, clients: int = 32, first: int = 0) -> Outcome:
+        """Create instances; each is counted when its operation has ended.
+
+        Args:
+            first: number of the first one; names that are taken are not taken again.
+        """
 
         async def create_one(index: int) -> None:
             await self._client.mutate(
@@ -132,7 +135,7 @@ class Storm:
                 instance_pb2.Instance,
             )
 
-        return await self._blow(create_one, range(number), clients)
+        return await self._blow(create_one, range(first, first + number), clients)
 
     async def delete(self, *, clients: int = 32) -> Outcome:
         """Delete every instance that storms have left."""
@@ -212,27 +215,6 @@ class Storm:
         )
         request.update_mask.paths.extend(["instance_count", "vcpu_count", "memory_mib"])
         await self._client.mutate(stub.UpdateQuota, request, quota_pb2.Quota, system=True)
-
-    async def _upload(self, name: str) -> str:
-        client = self._client
-        stub = image_service_pb2_grpc.ImageServiceStub(client.channel)
-        image = await client.mutate(
-            stub.CreateImage,
-            image_service_pb2.CreateImageRequest(
-                name=name, spec=image_pb2.ImageSpec(disk_format=image_pb2.DISK_FORMAT_RAW)
-            ),
-            image_pb2.Image,
-        )
-        content = bytes(_IMAGE_BYTES)
-
-        async def parts() -> AsyncIterator[image_service_pb2.UploadImageDataRequest]:
-            part = image_service_pb2.UploadImageDataRequest
-            yield part(start=image_service_pb2.UploadStart(id=image.metadata.id))
-            yield part(chunk=content)
-            yield part(end=image_service_pb2.UploadEnd(sha256=hashlib.sha256(content).hexdigest()))
-
-        await stub.UploadImageData(parts(), metadata=client.metadata(), timeout=60)
-        return str(image.metadata.id)
 
 
 def _at(values: Sequence[float], percent: int) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cloud import Client
+from benchmarks.client import Client
 
 from faults import audit
 from faults.processes import Copies, Postgresql, Program, RealHost, send

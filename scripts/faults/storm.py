@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from benchmarks.cloud import Client
+from benchmarks.client import Client
 from benchmarks.storm import Storm
 
 from faults.processes import Copies, Postgresql, Program, send

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.cloud import Client
+from benchmarks.client import Client
 
 from mcloud.common.v1 import operation_pb2
 from mcloud.compute.v1 import (

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import cloud as bench
+from benchmarks.client import Client
+from benchmarks.cloud import ControlPlane
 from benchmarks.storm import Storm
 
 from conftest import Cloud
@@ -82,12 +83,12 @@ async def simulated(
 
 
 @pytest.fixture
-async def client(cloud: Cloud) -> AsyncIterator[bench.Client]:
-    async with bench.Client(bench.ControlPlane(cloud.state_dir, cloud.public)) as made:
+async def client(cloud: Cloud) -> AsyncIterator[Client]:
+    async with Client(ControlPlane(cloud.state_dir, cloud.public)) as made:
         yield made
 
 
-async def hosts(client: bench.Client) -> list[host_pb2.Host]:
+async def hosts(client: Client) -> list[host_pb2.Host]:
     stub = host_service_pb2_grpc.HostServiceStub(client.channel)
     request = host_service_pb2.ListHostsRequest(page_size=1000)
     return list((await client.call(stub.ListHosts, request, system=True)).hosts)
@@ -100,7 +101,7 @@ async def assert_all_active(storm: Storm, count: int) -> None:
     assert states == [instance_pb2.InstanceStatus.STATE_ACTIVE] * count
 
 
-async def assert_nothing_is_left(storm: Storm, client: bench.Client, count: int) -> None:
+async def assert_nothing_is_left(storm: Storm, client: Client, count: int) -> None:
     deleted = await storm.delete(clients=8)
     assert (len(deleted.succeeded), dict(deleted.failed)) == (count, {})
     for host in await hosts(client):
@@ -109,7 +110,7 @@ async def assert_nothing_is_left(storm: Storm, client: bench.Client, count: int)
 
 
 async def test_a_burst_fills_hosts_evenly_and_a_restart_finds_them_again(
-    cloud: Cloud, client: bench.Client, tmp_path: Path
+    cloud: Cloud, client: Client, tmp_path: Path
 ) -> None:
     storm = Storm(client)
     await storm.prepare()
@@ -136,7 +137,7 @@ async def test_a_burst_fills_hosts_evenly_and_a_restart_finds_them_again(
 
 
 async def test_broken_connections_and_crashes_lose_nothing(
-    cloud: Cloud, client: bench.Client, tmp_path: Path
+    cloud: Cloud, client: Client, tmp_path: Path
 ) -> None:
     storm = Storm(client)
     await storm.prepare()
@@ -150,7 +151,7 @@ async def test_broken_connections_and_crashes_lose_nothing(
 
 
 async def test_a_refusal_ends_the_operation_with_its_reason(
-    cloud: Cloud, client: bench.Client, tmp_path: Path
+    cloud: Cloud, client: Client, tmp_path: Path
 ) -> None:
     storm = Storm(client)
     await storm.prepare()

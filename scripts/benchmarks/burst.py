@@ -1,0 +1,159 @@
+"""A storm: 32 clients create 1,000 instances with a NIC on 100 simulated hosts, then delete them.
+
+The clients are this process. Its CPU time and the simulator's are given beside the control
+plane's, which is that of its process and of its database's server: a boot costs a cloud both, a
+deployment has the hosts elsewhere. Meanwhile all hosts are listed twice a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import processes, report, simulated, yardsticks
+from benchmarks.client import Client
+from benchmarks.plan import Plan
+from benchmarks.report import Curve, Figure
+from benchmarks.simulated import Cloud
+from benchmarks.storm import Outcome, Storm
+from mcloud.compute.v1 import host_service_pb2, host_service_pb2_grpc
+
+CLIENTS = 32
+
+
+@dataclass
+class Result:
+    """What one storm came to. CPU times in milliseconds a boot."""
+
+    created: Outcome
+    deleted: Outcome
+    unevenness: int  # the instances of the fullest host, less those of the emptiest
+    cpu: float
+    cpu_client: float
+    cpu_simulator: float
+    cpu_delete: float
+
+
+def run(plan: Plan) -> list[Figure]:
+    """Measure."""
+    with simulated.running(plan, plan.size(100, 10)) as cloud:
+        results, bare = asyncio.run(_measure(plan, cloud, plan.size(1000, 60)))
+    return _figures(results, bare)
+
+
+def growth(plan: Plan) -> list[Curve]:
+    """Measure with ever more instances there, and with ever more hosts."""
+    counts = plan.size((100, 200, 400, 800), (10, 20, 30, 40))
+    with simulated.running(plan, plan.size(100, 10)) as cloud:
+        curves = asyncio.run(_by_instances(cloud, counts))
+    by_hosts = []
+    for count in plan.size((10, 50, 100, 400), (2, 4, 8, 16)):
+        with simulated.running(plan, count) as cloud:
+            ((result,), _) = asyncio.run(_measure(Plan(1, plan.quick), cloud, counts[1]))
+            by_hosts.append((count, result.cpu))
+    return [*curves, Curve("boot_cpu", "ms", "hosts", by_hosts)]
+
+
+async def _by_instances(cloud: Cloud, counts: Sequence[int]) -> list[Curve]:
+    """Create more and more; nothing is deleted in between."""
+    cpu, seconds, there = [], [], 0
+    async with Client(cloud.plane) as client:
+        storm = Storm(client)
+        await storm.prepare()
+        for count in counts:
+            begin = processes.cpu_s(cloud.controlling)
+            created = await storm.create(count - there, clients=CLIENTS, first=there)
+            used = processes.cpu_s(cloud.controlling) - begin
+            assert not created.failed, created.failed
+            cpu.append((count, 1000 * used / (count - there)))
+            seconds.append((count, 1000 * created.seconds / (count - there)))
+            there = count
+    of = "instances"
+    return [Curve("boot_cpu", "ms", of, cpu), Curve("storm_time_each", "ms", of, seconds)]
+
+
+async def _measure(plan: Plan, cloud: Cloud, count: int) -> tuple[list[Result], list[float]]:
+    results: list[Result] = []
+    async with Client(cloud.plane) as client:
+        storm = Storm(client)
+        await storm.prepare()
+        for number in range(plan.repeats):
+            results.append(await _storm(client, storm, cloud, count, first=number * count))
+        bare = await asyncio.to_thread(yardsticks.transactions, cloud.plane, cloud.place, 200)
+    return results, bare
+
+
+async def _storm(client: Client, storm: Storm, cloud: Cloud, count: int, *, first: int) -> Result:
+    assert cloud.simulator
+    families = (cloud.controlling, [cloud.simulator])
+    before = [processes.cpu_s(each) for each in families]
+    own = time.process_time()
+    created = await storm.create(count, clients=CLIENTS, first=first)
+    own = time.process_time() - own
+    control, hosts = (
+        processes.cpu_s(each) - former for each, former in zip(families, before, strict=True)
+    )
+    counts = await _instance_counts(client)
+    begin = processes.cpu_s(cloud.controlling)
+    deleted = await storm.delete(clients=CLIENTS)
+    delete = processes.cpu_s(cloud.controlling) - begin
+    each_ms = 1000 / max(len(created.succeeded), 1)
+    return Result(
+        created,
+        deleted,
+        max(counts) - min(counts),
+        cpu=control * each_ms,
+        cpu_client=own * each_ms,
+        cpu_simulator=hosts * each_ms,
+        cpu_delete=delete * 1000 / max(len(deleted.succeeded), 1),
+    )
+
+
+async def _instance_counts(client: Client) -> list[int]:
+    """Return how many instances each host has."""
+    request = host_service_pb2.ListHostsRequest(page_size=1000)
+    stub = host_service_pb2_grpc.HostServiceStub(client.channel)
+    answer = await client.call(stub.ListHosts, request, system=True)
+    return [host.status.instance_count for host in answer.hosts]
+
+
+def _figures(results: list[Result], bare: list[float]) -> list[Figure]:
+    failed = [sum(r.created.failed.values()) + sum(r.deleted.failed.values()) for r in results]
+    for result in results:
+        if result.created.failed or result.deleted.failed:
+            print(f"failed: {dict(result.created.failed)}, deleting {dict(result.deleted.failed)}")
+    unevenness = max(each.unevenness for each in results)
+    sound = not any(failed) and unevenness <= 1
+    figure = report.figure
+    return [
+        figure(
+            "storm_rate",
+            [len(each.created.succeeded) / each.created.seconds for each in results],
+            "/s",
+            yardstick=[1 / each for each in bare],
+            holds=sound,
+        ),
+        figure("storm_failed", failed, "instances"),
+        figure("storm_unevenness", [unevenness], "instances"),
+        figure(
+            "storm_active_p50",
+            [1000 * report.percentile(each.created.succeeded, 50) for each in results],
+            "ms",
+        ),
+        figure(
+            "storm_active_p99",
+            [1000 * report.percentile(each.created.succeeded, 99) for each in results],
+            "ms",
+        ),
+        figure(
+            "storm_delete_rate",
+            [len(each.deleted.succeeded) / each.deleted.seconds for each in results],
+            "/s",
+        ),
+        figure("boot_cpu", [each.cpu for each in results], "ms", holds=sound),
+        figure("boot_cpu_client", [each.cpu_client for each in results], "ms"),
+        figure("boot_cpu_simulator", [each.cpu_simulator for each in results], "ms"),
+        figure("delete_cpu", [each.cpu_delete for each in results], "ms"),
+    ]
