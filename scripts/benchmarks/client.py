@@ -35,27 +35,31 @@ class Reachable(Protocol):
 class Client:
     """The administrator, over asynchronous stubs."""
 
-    def __init__(self, plane: Reachable) -> None:
+    def __init__(self, plane: Reachable, channel: grpc.aio.Channel | None = None) -> None:
         self._plane = plane
         credentials = grpc.ssl_channel_credentials(plane.authority.read_bytes())
-        self.channel = rpc.channel(plane.public, credentials)
+        self.channel = channel or rpc.channel(plane.public, credentials)
         self._tokens: dict[bool, str] = {}
         self.project_id = ""
 
     async def __aenter__(self) -> Client:
         """Log in, to the project and to the system."""
+        for system in (False, True):
+            await self.log_in(system=system)
+        return self
+
+    async def log_in(self, *, system: bool) -> None:
+        """Take a token."""
         password = token_service_pb2.PasswordCredential(
             user_name="admin", password=self._plane.password
         )
         stub = token_service_pb2_grpc.TokenServiceStub(self.channel)
-        for system in (False, True):
-            request = token_service_pb2.CreateTokenRequest(
-                password=password, project="" if system else "default", system=system
-            )
-            answer = await rpc.call(stub.CreateToken, request, timeout_s=30)
-            self._tokens[system] = answer.token
-            self.project_id = self.project_id or answer.claims.project_id
-        return self
+        request = token_service_pb2.CreateTokenRequest(
+            password=password, project="" if system else "default", system=system
+        )
+        answer = await rpc.call(stub.CreateToken, request, timeout_s=30)
+        self._tokens[system] = answer.token
+        self.project_id = self.project_id or answer.claims.project_id
 
     async def __aexit__(self, *_: object) -> None:
         """Hang up."""

@@ -119,11 +119,14 @@ class Storm:
                 )
             )
 
-    async def create(self, number: int, *, clients: int = 32, first: int = 0) -> Outcome:
+    async def create(
+        self, number: int, *, clients: int = 32, first: int = 0, listed: bool = True
+    ) -> Outcome:
         """Create instances; each is counted when its operation has ended.
 
         Args:
             first: number of the first one; names that are taken are not taken again.
+            listed: whether hosts are listed meanwhile.
         """
 
         async def create_one(index: int) -> None:
@@ -135,7 +138,7 @@ class Storm:
                 instance_pb2.Instance,
             )
 
-        return await self._blow(create_one, range(first, first + number), clients)
+        return await self._blow(create_one, range(first, first + number), clients, listed=listed)
 
     async def delete(self, *, clients: int = 32) -> Outcome:
         """Delete every instance that storms have left."""
@@ -165,7 +168,12 @@ class Storm:
                 return found
 
     async def _blow(
-        self, work: Callable[[T], Awaitable[None]], items: Sequence[T], clients: int
+        self,
+        work: Callable[[T], Awaitable[None]],
+        items: Sequence[T],
+        clients: int,
+        *,
+        listed: bool = True,
     ) -> Outcome:
         outcome = Outcome()
         waiting = iter(items)
@@ -180,12 +188,13 @@ class Storm:
                 else:
                     outcome.succeeded.append(time.perf_counter() - begin)
 
-        listing = asyncio.create_task(self._list_hosts(outcome))
+        listing = asyncio.create_task(self._list_hosts(outcome)) if listed else None
         begin = time.perf_counter()
         await asyncio.gather(*(one_client() for _ in range(clients)))
         outcome.seconds = time.perf_counter() - begin
-        listing.cancel()
-        await asyncio.gather(listing, return_exceptions=True)
+        if listing:
+            listing.cancel()
+            await asyncio.gather(listing, return_exceptions=True)
         return outcome
 
     async def _list_hosts(self, outcome: Outcome) -> None:
