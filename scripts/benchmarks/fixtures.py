@@ -62,7 +62,7 @@ class Rows:
 def opened(plane: ControlPlane, name: str) -> Iterator[Rows]:
     """Open the compute or the identity database."""
     module = {"compute": compute, "identity": identity}[name]
-    settings = Settings(state_dir=plane.directory, database=plane.database)
+    settings = Settings.model_validate({"state_dir": plane.directory, "database": plane.database})
     found = schema.connect(settings.database_url(name), module.database, module.shared)
     try:
         yield Rows(found)
@@ -145,7 +145,7 @@ def _claim(host_id: str, moment: int) -> dict[str, Any]:
 def overcommitted(plane: ControlPlane) -> int:
     """Return how many hosts have given out more than they have."""
     with opened(plane, "compute") as rows:
-        records = rows.do(scheduler.load_hosts, Settings(), None)
+        records = rows.do(scheduler.load_hosts, Settings.model_validate({}), None)
     return sum(
         any(used > most for used, most in zip(record.claimed, record.limit, strict=True))
         for record in records.values()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from benchmarks import load, processes, report, simulated, yardsticks
+from benchmarks import load, report, simulated, yardsticks
 from benchmarks.client import Client
 from benchmarks.plan import Plan
 from benchmarks.report import Curve, Figure
@@ -73,9 +73,9 @@ async def _measure(plan: Plan, cloud: Cloud, callers: int = CALLERS) -> Samples:
         await load.calls(get, callers, callers)  # connections, caches
         for _ in range(plan.repeats):
             samples.echo_rate.append((await load.for_seconds(bare, callers, seconds)).rate)
-            begin = processes.cpu_s(cloud.controlling)
+            begin = cloud.plane.processes.cpu_s()
             found = await load.for_seconds(get, callers, seconds)
-            used = processes.cpu_s(cloud.controlling) - begin
+            used = cloud.plane.processes.cpu_s() - begin
             samples.rate.append(found.rate)
             samples.cpu_ms.append(1000 * used / len(found.latencies))
             samples.echo_alone_ms.append((await load.for_seconds(bare, 1, seconds / 2)).median_ms)

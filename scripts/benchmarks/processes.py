@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +32,6 @@ class Family:
     def pss_mib(self) -> float:
         """Return the memory of all: what they share with others counts in parts."""
         return sum(_pss_kib(pid) for pid in self.pids) / 1024
-
-
-def cpu_s(families: Iterable[Family]) -> float:
-    """Return the CPU time of several."""
-    return sum(family.cpu_s() for family in families)
 
 
 def _children(parent: int) -> list[int]:

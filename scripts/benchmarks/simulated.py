@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,18 @@ class Cloud:
     simulator: Family | None
     place: Path  # for files
 
-    @property
-    def controlling(self) -> list[Family]:
-        """The processes that the cloud is controlled by."""
-        return [self.plane.processes, *([self.server] if self.server else [])]
+    def cpu_s(self) -> dict[str, float]:
+        """Return the CPU time so far of the control plane, and of what is beside it."""
+        families = {"": self.plane.processes}
+        if self.server:
+            families["_database"] = self.server
+        if self.simulator:
+            families["_simulator"] = self.simulator
+        return {name: family.cpu_s() for name, family in families.items()}
+
+    def cpu_since(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Return the CPU time since then."""
+        return {name: now - before[name] for name, now in self.cpu_s().items()}
 
 
 @contextmanager

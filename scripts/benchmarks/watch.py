@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from benchmarks import load, processes, report, simulated, tokens, yardsticks
+from benchmarks import load, report, simulated, tokens, yardsticks
 from benchmarks.client import Client
 from benchmarks.plan import Plan
 from benchmarks.report import Curve, Figure
@@ -112,11 +112,11 @@ async def _measure(plan: Plan, cloud: Cloud, count: int) -> Samples:
         async with _watching(client, count, page.revision) as watchers:
             await _change(client, instance, watchers)  # all streams are open
             for _ in range(plan.repeats * plan.size(10, 3)):
-                begin, cpu = time.perf_counter(), processes.cpu_s(cloud.controlling)
+                begin, cpu = time.perf_counter(), cloud.plane.processes.cpu_s()
                 heard = await _change(client, instance, watchers)
                 samples.first.append(1000 * (min(heard) - begin))
                 samples.last.append(1000 * (max(heard) - begin))
-                samples.cpu.append(1000 * (processes.cpu_s(cloud.controlling) - cpu))
+                samples.cpu.append(1000 * (cloud.plane.processes.cpu_s() - cpu))
         async with yardsticks.echo(cloud.plane) as echo:
 
             async def bare() -> None:

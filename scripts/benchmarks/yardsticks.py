@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import shutil
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ from benchmarks.cloud import ADDRESS, SCRIPTS, START_S, ControlPlane, end
 from benchmarks.load import Load
 from mcloud_base import rpc
 
-ECHO_PORT = 7790
+_ports = itertools.count(7800)  # none twice: another control plane's authority signs the next
 _MESSAGE = bytes(512)  # about as long as an instance
 _TABLE = "CREATE TABLE bench (id BIGINT PRIMARY KEY, name TEXT, value TEXT)"
 
@@ -29,15 +30,16 @@ _TABLE = "CREATE TABLE bench (id BIGINT PRIMARY KEY, name TEXT, value TEXT)"
 @asynccontextmanager
 async def echo(plane: ControlPlane) -> AsyncIterator[grpc.aio.UnaryUnaryMultiCallable]:
     """Run a server that returns what it gets, over the control plane's TLS; give the method."""
+    where = f"{ADDRESS}:{next(_ports)}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.echo", f"{ADDRESS}:{ECHO_PORT}", plane.directory],
+        [sys.executable, "-m", "benchmarks.echo", where, plane.directory],
         cwd=SCRIPTS,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
         credentials = grpc.ssl_channel_credentials(plane.authority.read_bytes())
-        async with rpc.channel(f"{ADDRESS}:{ECHO_PORT}", credentials) as channel:
+        async with rpc.channel(where, credentials) as channel:
             method = channel.unary_unary("/bench.Echo/Echo")
             await method(_MESSAGE, timeout=START_S, wait_for_ready=True)
             yield method
