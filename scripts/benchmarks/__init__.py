@@ -70,20 +70,35 @@ ALL = {
         ("create_accepted_p50", "create_accepted_p99_64", "create_active_p50", "delete_p50"),
     ),
     "storm": Benchmark(
-        burst, 3, 1, ("storm_rate", "storm_unevenness", "storm_delete_rate", "boot_cpu")
+        burst,
+        3,
+        1,
+        (
+            "storm_rate",
+            "storm_failed",
+            "storm_unevenness",
+            "storm_delete_rate",
+            "boot_cpu",
+        ),
     ),
     "statements": Benchmark(
         statements, 2, 1, ("boot_statements", "boot_transactions", "boot_fsyncs")
     ),
     "get": Benchmark(get, 5, 1, ("get_rate", "get_p50")),
-    "list": Benchmark(listing, 3, 1, ("list_p99", "list_statements")),
+    "list": Benchmark(listing, 3, 1, ("list_p99", "list_statements", "list_more_statements")),
     "watch": Benchmark(watch, 2, 1, ("watch_last_p50",)),
     "token": Benchmark(tokens, 3, 1, ("token_check_cpu", "token_issue_p50")),
     "decisions": Benchmark(
         decisions,
         3,
         1,
-        ("decision_p50_10000", "decision_rate_10000", "decision_overcommit"),
+        (
+            "decision_p50_10000",
+            "decision_p50_10000_full",
+            "decision_rate_10000",
+            "decision_rate_10000_full",
+            "decision_overcommit",
+        ),
     ),
     "hosts": Benchmark(hosts, 3, 1, ("hosts_2000_cpu", "hosts_2000_memory")),
     "image": Benchmark(image, 5, 2, ("image_upload", "image_download")),

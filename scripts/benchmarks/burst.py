@@ -2,6 +2,7 @@
 
 The clients are this process. Its CPU time, the simulator's and that of the database's server are
 given beside the control plane's. Meanwhile all hosts are listed twice a second.
+The contract has no count in a request, so many instances are as many requests.
 """
 
 from __future__ import annotations

@@ -79,21 +79,13 @@ def copy_instance(plane: ControlPlane, id_: str, count: int) -> None:
 
     def write(rows: Rows) -> None:
         like = rows.row("instance", id_)
-        begin = like["create_time"]
-        rows.insert(
-            "instance",
-            [
-                {
-                    **like,
-                    "id": ids.new("i"),
-                    "name": (name := f"copy-{number:06d}-{begin}"),
-                    "hostname": name,
-                    "domain_id": ids.new("d"),
-                    "create_time": begin + number,
-                }
-                for number in range(count)
-            ],
-        )
+        copies = []
+        for number in range(count):
+            new = ids.new("i")
+            changes = {"id": new, "name": f"copy-{new}", "hostname": f"copy-{new}"}
+            made = {"domain_id": ids.new("d"), "create_time": like["create_time"] + number}
+            copies.append({**like, **changes, **made})
+        rows.insert("instance", copies)
 
     with opened(plane, "compute") as rows:
         rows.do(write, rows)
