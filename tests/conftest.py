@@ -13,6 +13,7 @@ import structlog
 
 import ports
 from mcloud_base import logs, rpc
+from mcloud_controlplane.core import statements
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +29,7 @@ hypothesis.settings.load_profile("mcloud")
 
 def pytest_configure(config: pytest.Config) -> None:
     logs.configure()
+    statements.checking = True
     structlog.configure(cache_logger_on_first_use=False)  # so that tests can look at what is said
 
 

@@ -29,6 +29,7 @@ import psycopg
 import structlog
 
 from mcloud_base import errors
+from mcloud_controlplane.core import statements
 
 log = structlog.get_logger()
 
@@ -414,6 +415,24 @@ class Database:
         _close_all(self.peewee)
 
 
+class _QuickText:
+    """Runs queries by texts that are made once (statements.py)."""
+
+    def execute(self, query: Any, **options: Any) -> Any:
+        made = None if options else statements.made(self, query)
+        if made is None:
+            return super().execute(query, **options)  # type: ignore[misc]
+        return self.execute_sql(*made)  # type: ignore[attr-defined]
+
+
+class _Sqlite(_QuickText, peewee.SqliteDatabase):
+    """SQLite."""
+
+
+class _Postgresql(_QuickText, peewee.PostgresqlDatabase):
+    """PostgreSQL."""
+
+
 def _open(url: str) -> peewee.Database:
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
@@ -421,7 +440,7 @@ def _open(url: str) -> peewee.Database:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(0o600)
         path.chmod(0o600)  # it has user data and signing keys; SQLite's other files follow it
-        return peewee.SqliteDatabase(
+        return _Sqlite(
             parts.path,
             pragmas={
                 "journal_mode": "wal",
@@ -432,7 +451,7 @@ def _open(url: str) -> peewee.Database:
             },
             check_same_thread=False,
         )
-    return peewee.PostgresqlDatabase(url, prefer_psycopg3=True, isolation_level=None)
+    return _Postgresql(url, prefer_psycopg3=True, isolation_level=None)
 
 
 def _uptime_us() -> int:

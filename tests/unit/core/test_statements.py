@@ -1,0 +1,160 @@
+"""Statements whose text is made once are those that peewee makes each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peewee
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcloud_controlplane.core import statements, tables
+
+database = peewee.DatabaseProxy()
+
+
+class Thing(tables.Resource):
+    size = peewee.IntegerField(default=0)
+    host_id = peewee.TextField(default="")
+
+    class Meta:
+        database = database
+
+
+class Mark(peewee.Model):
+    thing_id = peewee.TextField()
+    word = peewee.TextField()
+
+    class Meta:
+        database = database
+        primary_key = peewee.CompositeKey("thing_id", "word")
+
+
+class Engine(peewee.SqliteDatabase):
+    """Counts what peewee was left with."""
+
+    left = 0
+
+    def execute(self, query: Any, **options: Any) -> Any:
+        made = statements.made(self, query)
+        if made is None:
+            self.left += 1
+            return super().execute(query, **options)  # type: ignore[no-untyped-call]
+        return self.execute_sql(*made)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def engine() -> Any:
+    opened = Engine(":memory:")
+    database.initialize(opened)
+    opened.create_tables([Thing, Mark])
+    opened.left = 0
+    yield opened
+    opened.close()
+
+
+WORDS = st.text("ab'\"?%", max_size=2)
+SIZES = st.integers(-2, 2)
+CONDITIONS = st.recursive(
+    st.one_of(
+        WORDS.map(lambda word: Thing.host_id == word),
+        SIZES.map(lambda size: Thing.size <= size),
+        st.lists(WORDS, max_size=3).map(lambda words: Thing.name.in_(words)),
+        st.lists(SIZES, max_size=2).map(lambda sizes: Thing.size.not_in(tuple(sizes))),
+        st.booleans().map(lambda is_null: Thing.delete_time.is_null(is_null)),
+        WORDS.map(lambda word: Thing.name.startswith(word)),
+        WORDS.map(lambda word: Thing.id.in_(Mark.select(Mark.thing_id).where(Mark.word == word))),
+    ),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1]),
+        st.tuples(inner, inner).map(lambda pair: pair[0] | pair[1]),
+        inner.map(lambda one: ~one),
+    ),
+    max_leaves=5,
+)
+ORDERS = st.sampled_from([(), (Thing.id,), (Thing.size.desc(), Thing.id), (Thing.name.asc(),)])
+
+
+@st.composite
+def queries(draw: st.DrawFn) -> Any:
+    condition = draw(CONDITIONS)
+    match draw(st.integers(0, 6)):
+        case 0:
+            query = Thing.select().where(condition).order_by(*draw(ORDERS))
+            return query.limit(draw(st.integers(1, 3))) if draw(st.booleans()) else query
+        case 1:
+            count = peewee.fn.SUM(Thing.size)
+            return Thing.select(Thing.host_id, count).where(condition).group_by(Thing.host_id)
+        case 2:
+            joined = Thing.select(Thing.id, Mark.word).join(Mark, on=Mark.thing_id == Thing.id)
+            return joined.where(condition & (Mark.word != draw(WORDS))).tuples()
+        case 3:
+            values = {"size": Thing.size + draw(SIZES), "name": draw(WORDS)}
+            values["labels"] = {draw(WORDS): draw(SIZES)}
+            values["delete_time"] = draw(st.none() | SIZES)
+            return Thing.update(values).where(condition)
+        case 4:
+            return Thing.delete().where(condition)
+        case 5:
+            made = Thing.insert(id=draw(WORDS), create_time=1, update_time=draw(SIZES), spec=b"s")
+            return made.on_conflict(
+                conflict_target=[Thing.id], update={Thing.size: Thing.size + draw(SIZES)}
+            )
+        case _:
+            rows = draw(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
+            return Mark.insert_many(rows, [Mark.thing_id, Mark.word]).on_conflict_ignore()
+
+
+@given(found=st.lists(queries(), min_size=1, max_size=10))
+@settings(max_examples=200, deadline=None)
+def test_texts_and_parameters_are_peewees(found: list[Any]) -> None:
+    opened = peewee.SqliteDatabase(":memory:")
+    database.initialize(opened)
+    for query in found:
+        made = statements.made(opened, query)
+        theirs = query.sql()
+        if made is not None:
+            assert made[0] == theirs[0]
+            assert [_plain(each) for each in made[1]] == [_plain(each) for each in theirs[1]]
+
+
+def _plain(parameter: Any) -> Any:
+    found = getattr(parameter, "obj", parameter)  # bytes come wrapped
+    return type(found), found
+
+
+def test_rows_come_and_go(engine: Engine) -> None:
+    Thing.create(id="t-1", create_time=1, update_time=1, labels={"a": 1}, spec=b"\0x")
+    row = Thing.get_by_id("t-1")
+    assert (row.labels, bytes(row.spec), row.delete_time) == ({"a": 1}, b"\0x", None)
+    row.size, row.delete_time = 3, 7
+    row.save()
+    assert Thing.select(Thing.size).where(Thing.id == "t-1").scalar() == 3
+    assert Thing.get_or_none((Thing.id == "t-1") & (Thing.delete_time == 8)) is None
+    assert Thing.delete().where(Thing.id.in_(["t-1", "t-2"])).execute() == 1
+    assert engine.left == 0
+
+
+def test_what_is_not_known_is_left_to_peewee(engine: Engine) -> None:
+    other = Thing.alias()
+    query = Thing.select().join(other, on=other.host_id == Thing.id)
+    assert list(query) == []
+    assert list(Thing.select().where(Thing.id.in_([str(n) for n in range(500)]))) == []
+    assert engine.left == 2
+
+
+def test_a_default_that_is_made_anew_is_left_to_peewee(engine: Engine) -> None:
+    numbers = iter(range(5))
+
+    class Numbered(peewee.Model):
+        number = peewee.IntegerField(default=lambda: next(numbers))
+        word = peewee.TextField()
+
+        class Meta:
+            database = engine
+
+    engine.create_tables([Numbered])
+    Numbered.insert(word="a").execute()
+    Numbered.insert(word="b").execute()
+    assert [row.number for row in Numbered.select()] == [0, 1]
