@@ -29,6 +29,8 @@ from mcloud_base import errors, ids
 
 log = structlog.get_logger()
 
+_LIVE_S = 0.2  # how old what people see of a running step may be
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -125,6 +127,9 @@ class ComputeAgent:
     async def close(self) -> None:
         """Stop working; guests are not touched."""
         self._unsubscribe()
+        for managed in self._managed.values():
+            if managed.telling is not None:
+                managed.telling.cancel()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -195,11 +200,20 @@ class ComputeAgent:
 
     def _manage(self, record: Record) -> Managed:
         managed = Managed(record, self._settings.host_name)
-        managed.steps.changed = lambda: self._tell(managed)
+        managed.steps.changed = lambda: self._tell_soon(managed)
         return managed
 
     def _tell(self, managed: Managed) -> None:
+        if managed.telling is not None:
+            managed.telling.cancel()
+            managed.telling = None
         self._report(managed.observed())
+
+    def _tell_soon(self, managed: Managed) -> None:
+        """Tell how far a domain is: with what else comes within a moment, so not of each step."""
+        if managed.telling is None:
+            loop = asyncio.get_running_loop()
+            managed.telling = loop.call_later(_LIVE_S, self._tell, managed)
 
     def _begin(self, managed: Managed, *, anew: bool = False) -> None:
         """Have a task work on a domain.

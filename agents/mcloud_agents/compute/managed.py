@@ -27,6 +27,7 @@ class Managed:
         self.error: status_pb2.Status | None = None  # of the last attempt
         self.task: asyncio.Task[None] | None = None
         self.recovery: asyncio.Task[None] | None = None
+        self.telling: asyncio.TimerHandle | None = None  # of what has changed since the last report
         self.busy = False  # an attempt is under way
         self.serial = 0  # counts the attempts that have ended
         self.documents: Mapping[str, bytes] | None = None  # made when first asked for
