@@ -352,6 +352,7 @@ def delete(
             (table.id == preempted) & (table.state == "RUNNING")
         ).execute()
         tables.changed("operation", preempted, row.project_id)
+        tables.wake_runners(preempted, row.project_id)
     moment = database.now()
     row.delete_time = row.update_time = moment
     row.version += 1

@@ -104,6 +104,7 @@ class Adopter:
         deadline = database.now() + self._deadline_us
         if table.update(not_before=0, deadline=deadline).where(held).execute():
             tables.changed("operation", row.operation_id, row.project_id)
+            tables.wake_runners(row.operation_id, row.project_id)
 
 
 def _unproven() -> Any:

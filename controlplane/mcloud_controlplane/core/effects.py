@@ -7,6 +7,8 @@ delayed or repeated, is refused. Within the transaction of the effect.
 
 from __future__ import annotations
 
+from typing import Any
+
 from mcloud_base import errors
 from mcloud_controlplane.core import database, tables
 
@@ -44,17 +46,16 @@ def see(shared: tables.Tables, id_: str, lease_number: int) -> None:
 
 
 def _see(shared: tables.Tables, id_: str, lease_number: int) -> bool:
-    table = shared.effect
-    table.insert(
-        id=id_, lease_number=lease_number, time=database.now()
-    ).on_conflict_ignore().execute()
-    moved = (
-        table.update(lease_number=lease_number, time=database.now())
-        .where((table.id == id_) & (table.lease_number <= lease_number))
-        .execute()
+    table: Any = shared.effect
+    moved = table.insert(id=id_, lease_number=lease_number, retired=False, time=database.now())
+    moved = moved.on_conflict(
+        conflict_target=[table.id],
+        preserve=[table.lease_number, table.time],
+        where=table.lease_number <= lease_number,
     )
-    if not moved:
+    rows = list(moved.returning(table.retired).tuples().execute())
+    if not rows:
         raise errors.Conflict(
             "STALE_LEASE", f"another runner has taken over the work on {id_}", id=id_
         )
-    return bool(table.get_by_id(id_).retired)
+    return bool(rows[0][0])

@@ -130,9 +130,12 @@ class Frame:
             database.unit().rollback = True
             return operations.message(row, [])
         self._tables.operation.insert(**row.__data__).execute()
-        for step in mutation._steps:
-            self._tables.operation_step.insert(operation_id=operation_id, **step).execute()
+        steps = [dict(operation_id=operation_id, **step) for step in mutation._steps]
+        if steps:
+            self._tables.operation_step.insert_many(steps).execute()
         tables.changed("operation", row.id, row.project_id, "ADDED")
+        if mutation._workflow:
+            tables.wake_runners(row.id, row.project_id)
         return operations.get(self._tables, operation_id)
 
     def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf import any_pb2
@@ -121,15 +122,16 @@ class OperationServicer:
     ) -> Operation:
         """Return at its end or at the timeout."""
         timeout = request.timeout.ToSeconds() if request.HasField("timeout") else 30
-        operation = Operation()
-        try:
-            async with asyncio.timeout(min(max(timeout, 0), 600)):
-                async for seen in self._follow(auth.caller(), request.id):
-                    operation = seen
-        except TimeoutError:
-            if not operation.id:
-                operation = await self._database.read(self._get, auth.caller(), request.id)
-        return operation
+        with suppress(TimeoutError):
+            await self._database.until(
+                self._has_ended,
+                auth.caller(),
+                request.id,
+                timeout_s=min(max(timeout, 0), 600),
+                types=("work",),
+                id_=request.id,
+            )
+        return await self._database.read(self._get, auth.caller(), request.id)
 
     async def WatchOperation(
         self, request: operation_pb2.WatchOperationRequest, context: auth.Context
@@ -164,6 +166,15 @@ class OperationServicer:
                         await event.wait()
                 except TimeoutError:
                     continue
+
+    def _has_ended(self, caller: auth.Caller, id_: str) -> bool | None:
+        """Return True when there is nothing for the caller to wait for; None before."""
+        table: Any = self._tables.operation
+        query = table.select(table.state, table.project_id).where(table.id == id_)
+        for state, project_id in query.tuples():
+            if state not in _ENDED and caller.sees(project_id):
+                return None
+        return True
 
     def _get(self, caller: auth.Caller, id_: str) -> Operation:
         operation = get(self._tables, id_)
@@ -229,4 +240,5 @@ class OperationServicer:
             database.unit().rollback = True
             return before
         tables.changed("operation", request.id, operation.project_id)
+        tables.wake_runners(request.id, operation.project_id)
         return operation

@@ -248,9 +248,9 @@ class Tables:
         """Write what a unit changed under the next revision; the last writes of its transaction."""
         if not unit.changes:
             return
-        table = self.deployment
+        table: Any = self.deployment
         counted = table.update(revision=table.revision + 1).where(table.id == 1)
-        revision = counted.returning(table.revision).execute()[0].revision
+        ((revision,),) = counted.returning(table.revision).tuples().execute()
         moment = database.now()
         rows = [
             (revision, number, type_, resource_id, project_id, change, moment)
@@ -296,6 +296,15 @@ def bind(proxy: peewee.DatabaseProxy) -> Tables:
 def changed(type_: str, resource_id: str, project_id: str, change: str = "MODIFIED") -> None:
     """Log a change of a resource with the running unit's revision."""
     database.unit().changes.append((type_, resource_id, project_id, change))
+
+
+def wake_runners(operation_id: str, project_id: str) -> None:
+    """Log that an operation begins, is to end early or has ended.
+
+    Who runs operations, or waits for the end of one, hears of nothing else: of each of its steps
+    there are several changes.
+    """
+    changed("work", operation_id, project_id)
 
 
 def new_epoch() -> str:

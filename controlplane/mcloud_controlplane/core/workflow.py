@@ -152,7 +152,7 @@ class Runner:
         """Take and run operations until cancelled; then leave them to others."""
         renewing = asyncio.create_task(self._renew())
         try:
-            with self._database.listening("operation") as event:
+            with self._database.listening("work") as event:
                 self._event = event
                 inherited = not self._life.predecessor
                 while True:
@@ -429,6 +429,8 @@ class Runner:
         if not saved:
             raise _LeaseLostError
         tables.changed("operation", job.operation_id, job.project_id)
+        if values.get("end_time"):
+            tables.wake_runners(job.operation_id, job.project_id)
 
     def _row(self, step: Step, state: str, start: int, end: int | None, detail: str = "") -> Row:
         return {

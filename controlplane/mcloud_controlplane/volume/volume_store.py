@@ -144,6 +144,7 @@ def start_delete(row: Volume, principal_id: str) -> None:
         deadline=moment + int(OPERATION_DEADLINE_S * 1_000_000),
     ).execute()
     tables.changed("operation", operation_id, row.project_id, "ADDED")
+    tables.wake_runners(operation_id, row.project_id)
 
 
 def save(row: Volume) -> None:
