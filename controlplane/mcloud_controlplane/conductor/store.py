@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.rpc import status_pb2
@@ -32,13 +32,12 @@ _INSTANCE_STATES = {
 class DomainSource(sessions.Source):
     """What the conductor's sessions send and take."""
 
-    def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
-        """Return the domains whose present generation the host has not reached."""
-        return _desired(
-            (Domain.host_id == host_id) & (Domain.observed_generation < Domain.generation)
-        )
+    def desired(self, host_ids: Sequence[str]) -> Mapping[str, Sequence[session_pb2.Desired]]:
+        """Return the domains whose present generation the hosts have not reached."""
+        behind = Domain.observed_generation < Domain.generation
+        return _desired(Domain.host_id.in_(list(host_ids)) & behind)
 
-    def pending(self) -> Sequence[Pending]:
+    def pending(self, *, urgent: bool) -> Sequence[Pending]:
         """Return the domains whose present generation their hosts have not reached."""
         query: Any = Domain.select(Domain.host_id, Domain.id, Domain.generation, Domain.absent)
         behind = _is_asked() & (Domain.observed_generation < Domain.generation)
@@ -46,7 +45,7 @@ class DomainSource(sessions.Source):
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return every domain that is, or is to be removed, there."""
-        return _desired(Domain.host_id == host_id)
+        return _desired(Domain.host_id == host_id).get(host_id, [])
 
     def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
         """Record what a host sees of a domain, unless something newer is recorded."""
@@ -62,7 +61,8 @@ def _is_asked() -> Any:
     return Domain.absent_time.is_null() & (Domain.absent | ~Domain.unproven)
 
 
-def _desired(condition: Any) -> list[session_pb2.Desired]:
+def _desired(condition: Any) -> dict[str, list[session_pb2.Desired]]:
+    """Return what is desired of domains, by host."""
     query = (
         Domain.select(Domain, Instance.power_state)
         .join(
@@ -75,19 +75,15 @@ def _desired(condition: Any) -> list[session_pb2.Desired]:
         .order_by(Domain.create_time)
     )
     rows: Iterable[Any] = query
-    return [
-        sessions.desired(
-            row.id,
-            row.generation,
-            None
-            if row.absent
-            else domain_pb2.DomainDesired(
-                instance_id=row.instance_id,
-                power_state=contract.enum_value(row.instance.power_state, domain_pb2.PowerState),
-            ),
-        )
-        for row in rows
-    ]
+    found: dict[str, list[session_pb2.Desired]] = {}
+    for row in rows:
+        spec = None
+        if not row.absent:
+            power = contract.enum_value(row.instance.power_state, domain_pb2.PowerState)
+            spec = domain_pb2.DomainDesired(instance_id=row.instance_id, power_state=power)
+        desired = sessions.desired(row.id, row.generation, spec)
+        found.setdefault(row.host_id, []).append(desired)
+    return found
 
 
 def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
@@ -152,11 +148,10 @@ def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
 
 def set_instance(id_: str, **values: Any) -> None:
     """Change an instance's row, its version and the log. Within a unit."""
-    Instance.update(**values, version=Instance.version + 1, update_time=database.now()).where(
-        Instance.id == id_
-    ).execute()
-    row = Instance.get_by_id(id_)
-    tables.changed("instance", id_, row.project_id)
+    columns = {**values, "version": Instance.version + 1, "update_time": database.now()}
+    update: Any = Instance.update(columns).where(Instance.id == id_)
+    ((project_id,),) = update.returning(Instance.project_id).tuples().execute()
+    tables.changed("instance", id_, project_id)
 
 
 def end_operation(job: workflows.Job, **values: Any) -> None:

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 _POLL_S = 5.0  # the net under the wake-ups
 _PAUSE_S = 0.02  # at least, between two looks: what comes in a burst is looked at once
 _LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for
-_NUMBERS_S = 1.0  # at least, between two looks for newer streams of other processes
+_NUMBERS_S = 5.0  # between two looks for newer streams of other processes
 
 
 class Pending(NamedTuple):
@@ -49,14 +49,15 @@ class Stream:
     sent: dict[str, tuple[int, bool]] = field(default_factory=dict)  # generation, absent; by id
     sent_time: float = 0.0  # of the last one; monotonic
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    urgent: bool = True
+    urgent: bool = False
 
 
 class Follower:
     """Wakes streams whose host has something to do, or has a newer stream.
 
     Args:
-        pending: returns what hosts have not reached, of all hosts; called within a unit.
+        pending: returns what hosts have not reached, of all hosts; called within a unit, with
+            `urgent` when what somebody waits for is enough.
         types: whose changes may change that; none: all.
     """
 
@@ -64,73 +65,81 @@ class Follower:
         self,
         store: Database,
         shared: tables.Tables,
-        pending: Callable[[], Collection[Pending]],
+        pending: Callable[..., Collection[Pending]],
         types: Collection[str],
     ) -> None:
         self._database = store
         self._tables = shared
         self._pending = pending
         self._types = types
-        self._streams: set[Stream] = set()
+        self._streams: dict[str, set[Stream]] = {}  # by host
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
     def following(self, stream: Stream) -> Iterator[None]:
         """Wake a stream from now on."""
-        for other in self._streams:
-            if other.host_id == stream.host_id:
-                other.wake.set()  # to see that it is superseded
-        self._streams.add(stream)
+        own = self._streams.setdefault(stream.host_id, set())
+        for other in own:
+            other.wake.set()  # to see that it is superseded
+        own.add(stream)
         if self._task is None:
             self._task = asyncio.create_task(self._follow(), name="host streams")
         try:
             yield
         finally:
-            self._streams.discard(stream)
-            if not self._streams:
+            own.discard(stream)
+            if not own and self._streams.get(stream.host_id) is own:
+                del self._streams[stream.host_id]
+            if not self._streams and self._task is not None:
                 self._task.cancel()
                 self._task = None
 
     async def _follow(self) -> None:
-        looked = 0.0
+        looked = looked_at_all = 0.0
         types = (*self._types, "host") if self._types else ()
         with self._database.listening(*types) as event:
             while True:
                 event.clear()
                 pause = _POLL_S
-                with_numbers = time.monotonic() - looked > _NUMBERS_S
-                if with_numbers:
-                    looked = time.monotonic()
+                now = time.monotonic()
+                with_numbers = now - looked > _NUMBERS_S
+                # Of those that nobody waits for, there may be as many as there are hosts.
+                urgent = now - looked_at_all < _LEISURE_S
                 try:
-                    pending, numbers = await self._database.read(self._look, with_numbers)
+                    pending, numbers = await self._database.read(self._look, urgent, with_numbers)
                 except errors.Error as error:
                     log.warning("streams of hosts look again", reason=error.reason)
                 except Exception:  # the outermost loop: a fault must not silence every host
                     log.exception("streams of hosts look again")
                 else:
-                    pause = _LEISURE_S if self._wake(pending, numbers) else _POLL_S
+                    looked = now if with_numbers else looked
+                    looked_at_all = looked_at_all if urgent else now
+                    if self._wake(pending, numbers) or urgent:
+                        pause = _LEISURE_S
                 await asyncio.sleep(_PAUSE_S)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await event.wait()
 
-    def _look(self, with_numbers: bool) -> tuple[Collection[Pending], dict[str, int] | None]:
+    def _look(
+        self, urgent: bool, with_numbers: bool
+    ) -> tuple[Collection[Pending], dict[str, int] | None]:
         table: Any = self._tables.host_session
         numbers = None
         if with_numbers:
             numbers = dict(table.select(table.host_id, table.number).tuples())
-        return self._pending(), numbers
+        return self._pending(urgent=urgent), numbers
 
     def _wake(self, pending: Collection[Pending], numbers: dict[str, int] | None) -> bool:
         """Wake streams that have something to send; tell whether any is to be woken later."""
-        by_host: dict[str, list[Pending]] = {}
-        for each in pending:
-            by_host.setdefault(each.host_id, []).append(each)
+        if numbers is not None:
+            for host_id, streams in self._streams.items():
+                for stream in streams:
+                    if numbers.get(host_id) != stream.number:
+                        stream.wake.set()
         later, leisure = False, time.monotonic() - _LEISURE_S
-        for stream in self._streams:
-            if numbers is not None and numbers.get(stream.host_id) != stream.number:
-                stream.wake.set()
-            for each in by_host.get(stream.host_id, ()):
+        for each in pending:
+            for stream in self._streams.get(each.host_id, ()):
                 if stream.sent.get(each.id) == (each.generation, each.absent):
                     continue
                 if each.urgent or stream.sent_time < leisure:

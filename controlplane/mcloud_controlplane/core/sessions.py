@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from google.protobuf import any_pb2, duration_pb2
@@ -20,15 +20,16 @@ from google.protobuf.message import Message
 from mcloud.common.v1 import session_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import auth, database, tables
-from mcloud_controlplane.core.batch import Batch
+from mcloud_controlplane.core.batch import Batch, Gathered
 from mcloud_controlplane.core.session_follower import Follower, Pending, Stream
 
 log = structlog.get_logger()
 
 _OUTBOX = 1000
-# So that many hosts with something to do leave room for others' reads; and those that nobody waits
-# for leave room for the rest.
-_LOOKS_AT_ONCE, _LEISURELY_LOOKS_AT_ONCE = 2, 1
+_FIRST_LOOKS_AT_ONCE = 2  # so that many hosts that connect leave room for others' reads
+_HOSTS_AT_ONCE = 50  # that are looked at in one unit
+_REPORTS_AT_ONCE = 50  # that are written in one
+_REST = 2.0  # between looks that nobody waits for: a third of the time is theirs
 
 
 # What a stream is to send; None at its end.
@@ -38,17 +39,33 @@ Outbox = asyncio.Queue[session_pb2.SessionResponse | None]
 class Source(Protocol):
     """What a package desires of hosts, and what it does with what they see. All within units."""
 
-    def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
-        """Return everything that the host does not have yet: not observed at its generation."""
+    def desired(self, host_ids: Sequence[str]) -> Mapping[str, Sequence[session_pb2.Desired]]:
+        """Return what hosts do not have yet: not observed at its generation.
 
-    def pending(self) -> Sequence[Pending]:
-        """Return what any host does not have yet, in a constant number of statements."""
+        In a constant number of statements; hosts that have everything may be left out.
+        """
+
+    def pending(self, *, urgent: bool) -> Sequence[Pending]:
+        """Return what any host does not have yet, in a constant number of statements.
+
+        Args:
+            urgent: what somebody waits for is enough.
+        """
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that is to be on the host; sent when a session begins."""
 
     def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
         """Record what the host sees, unless something newer is recorded."""
+
+
+class _Report(NamedTuple):
+    """What a host has told, as a key: its sequence says which it is."""
+
+    host_id: str
+    incarnation: int
+    number: int  # of the session
+    sequence: int
 
 
 class Sessions:
@@ -73,8 +90,11 @@ class Sessions:
         self._source = source
         self._on_hello = on_hello
         self._follower = Follower(store, shared, source.pending, types)
-        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
-        self._leisurely_looks = asyncio.Semaphore(_LEISURELY_LOOKS_AT_ONCE)
+        self._first_looks = asyncio.Semaphore(_FIRST_LOOKS_AT_ONCE)
+        self._looks = Gathered(self._look_all, limit=_HOSTS_AT_ONCE)
+        self._leisurely_looks = Gathered(self._look_all, limit=_HOSTS_AT_ONCE, rest=_REST)
+        self._reports: dict[_Report, session_pb2.Observed] = {}
+        self._written = Gathered(self._write_all, limit=_REPORTS_AT_ONCE)
         self._process = secrets.token_hex(6)
         self._outboxes: dict[str, Outbox] = {}
         self._listings: dict[str, asyncio.Future[session_pb2.Listing]] = {}
@@ -162,7 +182,12 @@ class Sessions:
             kind = request.WhichOneof("message")
             if kind == "observed":
                 report = request.observed
-                await self._database.write(self._source.observed, host, hello.incarnation, report)
+                key = _Report(host, hello.incarnation, number, report.sequence)
+                self._reports[key] = report
+                try:
+                    await self._written.get(key)
+                finally:
+                    self._reports.pop(key, None)
                 answer = session_pb2.Acknowledgement(sequence=report.sequence)
                 await outbox.put(session_pb2.SessionResponse(acknowledgement=answer))
             elif kind == "renewal":
@@ -183,16 +208,11 @@ class Sessions:
         outbox: Outbox,
     ) -> None:
         """Send what is desired: all of it first, then whatever is new."""
-        stream, select = Stream(host, number), self._source.everything
+        stream = Stream(host, number)
         with self._follower.following(stream):
+            async with self._first_looks:
+                current, found = await self._database.read(self._look_first, host)
             while True:
-                stream.wake.clear()
-                urgent, stream.urgent = stream.urgent, False
-                async with self._looks if urgent else self._leisurely_looks:
-                    begin = time.monotonic()
-                    current, found = await self._database.read(self._look, host, select)
-                    if not urgent:  # half of the time, so that they do not starve the others
-                        await asyncio.sleep(time.monotonic() - begin)
                 if current != number:
                     raise _superseded()
                 for desired in found:
@@ -202,14 +222,40 @@ class Sessions:
                         await outbox.put(session_pb2.SessionResponse(desired=desired))
                         stream.sent[desired.id] = state
                         stream.sent_time = time.monotonic()
-                select = self._source.desired
                 await stream.wake.wait()
+                stream.wake.clear()
+                urgent, stream.urgent = stream.urgent, False
+                looks = self._looks if urgent else self._leisurely_looks
+                current, found = await looks.get(host)
 
-    def _look(
-        self, host: str, select: Callable[[str], Sequence[session_pb2.Desired]]
-    ) -> tuple[int, Sequence[session_pb2.Desired]]:
-        row = self._tables.host_session.get_or_none(self._tables.host_session.host_id == host)
-        return (row.number if row else 0), select(host)
+    def _look_first(self, host: str) -> tuple[int, Sequence[session_pb2.Desired]]:
+        return self._numbers([host]).get(host, 0), self._source.everything(host)
+
+    async def _look_all(
+        self, hosts: list[str]
+    ) -> Mapping[str, tuple[int, Sequence[session_pb2.Desired]]]:
+        """Look what hosts do not have yet, for all that are to be looked at in one unit."""
+        return await self._database.read(self._look, hosts)
+
+    def _look(self, hosts: list[str]) -> Mapping[str, tuple[int, Sequence[session_pb2.Desired]]]:
+        numbers, desired = self._numbers(hosts), self._source.desired(hosts)
+        return {host: (numbers.get(host, 0), desired.get(host, ())) for host in hosts}
+
+    def _numbers(self, hosts: list[str]) -> dict[str, int]:
+        table: Any = self._tables.host_session
+        query = table.select(table.host_id, table.number).where(table.host_id.in_(hosts))
+        return dict(query.tuples())
+
+    async def _write_all(self, keys: list[_Report]) -> Mapping[_Report, None]:
+        """Write what hosts have told, all of it in one transaction."""
+        reports = [(key, self._reports[key]) for key in keys if key in self._reports]
+        await self._database.write(self._observe, reports)
+        return dict.fromkeys(keys)
+
+    def _observe(self, reports: list[tuple[_Report, session_pb2.Observed]]) -> None:
+        # By host, as all units lock their rows in one order.
+        for key, report in sorted(reports, key=lambda pair: pair[0]):
+            self._source.observed(key.host_id, key.incarnation, report)
 
     def _take(self, host: str, hello: session_pb2.Hello, subject: str) -> tuple[int, str]:
         table = self._tables.host_session

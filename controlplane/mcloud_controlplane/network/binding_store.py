@@ -95,14 +95,13 @@ def bind(
     if not row.host_id:
         row.host_id, row.domain_id = wanted
         row.state = "BUILD"
-        dataplane_store.lock_around(row)
-        row.save()
-        dataplane_store.bump(dataplane_store.hosts_of_port(row))
+        groups = dataplane_store.lock_around(row)
+        dataplane_store.bump(dataplane_store.hosts_of_port(row, groups))
         row.bound_generation = dataplane_store.generation(row.host_id)
         _save(row)
     return port_service_pb2.BindPortResponse(
         binding=dataplane_document.bindings([row])[0],
-        network=dataplane_document.segment(row.network_id, row.host_id),
+        network=dataplane_document.segment(row.network_id),
         dataplane_generation=row.bound_generation,
     )
 
@@ -114,8 +113,8 @@ def unbind(request: port_service_pb2.UnbindPortRequest) -> port_pb2.Port:
     if row is None:
         raise port_store.not_found(request.port_id)
     if row.domain_id == request.domain_id:
-        dataplane_store.lock_around(row)
-        concerned = dataplane_store.hosts_of_port(row)
+        groups = dataplane_store.lock_around(row)
+        concerned = dataplane_store.hosts_of_port(row, groups)
         row.host_id = row.domain_id = ""
         row.state = "DOWN"
         row.bound_generation = 0

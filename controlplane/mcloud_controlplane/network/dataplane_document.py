@@ -1,8 +1,8 @@
-"""A host's dataplane, computed from rows: whole, in a constant number of statements."""
+"""Hosts' dataplanes, computed from rows: whole, in as many statements for all hosts as for one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mcloud.network.v1 import dataplane_pb2, subnet_pb2
@@ -23,23 +23,41 @@ from mcloud_controlplane.network.model import (
 _DEVICE_LETTERS = 11  # of the port's id; with "tap" they fill an interface's name but one
 
 
-def document(host_id: str) -> dataplane_pb2.HostDataplane:
-    """Return all that a host is to have. It is the whole truth about mcloud's own on the host."""
-    ports = list(Port.select().where(Port.host_id == host_id).order_by(Port.id))
+def documents(host_ids: Sequence[str]) -> dict[str, dataplane_pb2.HostDataplane]:
+    """Return all that hosts are to have: the whole truth about mcloud's own on each."""
+    ports = list(Port.select().where(Port.host_id.in_(list(host_ids))).order_by(Port.id))
     guests = [port for port in ports if port.owner_type != "router"]
     legs = [port for port in ports if port.owner_type == "router"]
-    networks = sorted({port.network_id for port in ports})
-    found, subnets = _networks(networks)
-    return dataplane_pb2.HostDataplane(
-        networks=_segments(host_id, found, subnets),
-        ports=bindings(guests),
-        routers=_routers(host_id, legs, found, subnets),
-    )
+    networks, subnets = _networks(sorted({port.network_id for port in ports}))
+    elsewhere = _remote_ports([row.id for row in networks if not row.external])
+    bound: dict[str, list[dataplane_pb2.PortBinding]] = {}
+    for port, binding in zip(guests, bindings(guests), strict=True):
+        bound.setdefault(port.host_id, []).append(binding)
+    here: dict[str, set[str]] = {}
+    for port in ports:
+        here.setdefault(port.host_id, set()).add(port.network_id)
+    routers = _routers(host_ids, legs, networks, subnets)
+    return {
+        host_id: dataplane_pb2.HostDataplane(
+            networks=_segments(
+                [row for row in networks if row.id in here.get(host_id, ())],
+                subnets,
+                {
+                    network_id: [port for where, port in elsewhere[network_id] if where != host_id]
+                    for network_id in here.get(host_id, ())
+                    if network_id in elsewhere
+                },
+            ),
+            ports=bound.get(host_id, []),
+            routers=routers.get(host_id, []),
+        )
+        for host_id in host_ids
+    }
 
 
-def segment(network_id: str, host_id: str) -> dataplane_pb2.NetworkSegment:
-    """Return one network as it is on a host."""
-    return _segments(host_id, *_networks([network_id]))[0]
+def segment(network_id: str) -> dataplane_pb2.NetworkSegment:
+    """Return one network as it is on every host, without its ports elsewhere."""
+    return _segments(*_networks([network_id]), {})[0]
 
 
 def device_name(port_id: str) -> str:
@@ -65,9 +83,10 @@ def _networks(network_ids: Sequence[str]) -> tuple[list[Network], dict[str, list
 
 
 def _segments(
-    host_id: str, networks: Sequence[Network], subnets: dict[str, list[Subnet]]
+    networks: Sequence[Network],
+    subnets: dict[str, list[Subnet]],
+    elsewhere: Mapping[str, Sequence[dataplane_pb2.RemotePort]],
 ) -> list[dataplane_pb2.NetworkSegment]:
-    elsewhere = _remote_ports(host_id, [row.id for row in networks if not row.external])
     return [
         dataplane_pb2.NetworkSegment(
             network_id=row.id,
@@ -101,24 +120,20 @@ def _subnet(row: Subnet) -> dataplane_pb2.SubnetBinding:
 
 
 def _remote_ports(
-    host_id: str, network_ids: Sequence[str]
-) -> dict[str, list[dataplane_pb2.RemotePort]]:
+    network_ids: Sequence[str],
+) -> dict[str, list[tuple[str, dataplane_pb2.RemotePort]]]:
+    """Return the ports on networks as others see them, each with its host."""
     query: Any = (
-        Port.select(Port.network_id, Port.mac, HostDataplane.underlay_ip)
+        Port.select(Port.network_id, Port.host_id, Port.mac, HostDataplane.underlay_ip)
         .join(HostDataplane, on=(HostDataplane.host_id == Port.host_id))
-        .where(
-            Port.network_id.in_(network_ids)
-            & (Port.host_id != host_id)
-            & (HostDataplane.underlay_ip != "")
-        )
+        .where(Port.network_id.in_(network_ids) & (HostDataplane.underlay_ip != ""))
         .order_by(Port.mac)
         .tuples()
     )
-    found: dict[str, list[dataplane_pb2.RemotePort]] = {}
-    for network_id, mac, underlay_ip in query:
-        found.setdefault(network_id, []).append(
-            dataplane_pb2.RemotePort(mac=mac, underlay_ip=underlay_ip)
-        )
+    found: dict[str, list[tuple[str, dataplane_pb2.RemotePort]]] = {}
+    for network_id, host_id, mac, underlay_ip in query:
+        port = dataplane_pb2.RemotePort(mac=mac, underlay_ip=underlay_ip)
+        found.setdefault(network_id, []).append((host_id, port))
     return found
 
 
@@ -203,12 +218,15 @@ def _members(group_ids: Sequence[str]) -> dict[tuple[str, int], list[str]]:
 
 
 def _routers(
-    host_id: str,
+    host_ids: Sequence[str],
     legs: Sequence[Port],
     networks: Sequence[Network],
     subnets: dict[str, list[Subnet]],
-) -> list[dataplane_pb2.RouterBinding]:
-    rows = list(Router.select().where(Router.host_id == host_id).order_by(Router.id))
+) -> dict[str, list[dataplane_pb2.RouterBinding]]:
+    """Return the routers that hosts carry, by host."""
+    rows = list(Router.select().where(Router.host_id.in_(list(host_ids))).order_by(Router.id))
+    if not rows:
+        return {}
     addresses = address_store.of_ports([port.id for port in legs])
     floating: dict[str, list[dataplane_pb2.FloatingIpBinding]] = {row.id: [] for row in rows}
     query = FloatingIp.select().where(FloatingIp.router_id.in_(list(floating)))
@@ -221,9 +239,9 @@ def _routers(
             )
         )
     by_id = {row.id: row for row in networks}
-    found = []
+    found: dict[str, list[dataplane_pb2.RouterBinding]] = {}
     for row in rows:
-        own = [port for port in legs if port.owner_id == row.id]
+        own = [port for port in legs if port.owner_id == row.id and port.host_id == row.host_id]
         router = dataplane_pb2.RouterBinding(
             router_id=row.id,
             interfaces=[
@@ -247,7 +265,7 @@ def _routers(
                 router.gateway.CopyFrom(
                     _gateway(row, port, addresses[port.id][0], network, subnets[network.id])
                 )
-        found.append(router)
+        found.setdefault(row.host_id, []).append(router)
     return found
 
 

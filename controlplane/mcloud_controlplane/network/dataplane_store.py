@@ -7,7 +7,7 @@ transaction; what the generation contains is computed from rows when it is sent
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mcloud.common.v1 import session_pb2
@@ -75,15 +75,17 @@ def groups_of(port_id: str) -> list[str]:
     return [row.security_group_id for row in query.order_by(PortGroup.security_group_id)]
 
 
-def hosts_of_port(port: Port) -> set[str]:
-    """Return the hosts that have to know of a port's binding or its end."""
-    return (
-        {port.host_id} | hosts_of_networks([port.network_id]) | hosts_following(groups_of(port.id))
-    )
+def hosts_of_port(port: Port, groups: Sequence[str]) -> set[str]:
+    """Return the hosts that have to know of a port's binding or its end.
+
+    Args:
+        groups: that the port is in.
+    """
+    return {port.host_id} | hosts_of_networks([port.network_id]) | hosts_following(groups)
 
 
-def lock_around(port: Port) -> None:
-    """Lock what decides whom a port's binding concerns, until the commit.
+def lock_around(port: Port) -> list[str]:
+    """Lock what decides whom a port's binding concerns, until the commit; return its groups.
 
     Two ports that are bound at the same time would else miss each other: neither transaction sees
     the other's host, and no later one tells it.
@@ -96,6 +98,7 @@ def lock_around(port: Port) -> None:
     lock_networks([port.network_id])
     query = SecurityGroup.select(SecurityGroup.id).where(SecurityGroup.id.in_(sorted(groups)))
     list(locked(query.order_by(SecurityGroup.id)))
+    return own
 
 
 def lock_networks(network_ids: Sequence[str]) -> None:
@@ -107,19 +110,23 @@ def lock_networks(network_ids: Sequence[str]) -> None:
 class Source:
     """What the network service desires of hosts (core/sessions.py): one dataplane of each."""
 
-    def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
-        """Return the dataplane if the host has not reached its generation."""
-        row = HostDataplane.get_by_id(host_id)
-        if row.observed_generation >= row.generation:
-            return []
-        return self.everything(host_id)
+    def desired(self, host_ids: Sequence[str]) -> Mapping[str, Sequence[session_pb2.Desired]]:
+        """Return the dataplanes of hosts that have not reached their generation."""
+        return _documents(
+            HostDataplane.host_id.in_(list(host_ids))
+            & (HostDataplane.observed_generation < HostDataplane.generation)
+        )
 
-    def pending(self) -> Sequence[Pending]:
+    def pending(self, *, urgent: bool) -> Sequence[Pending]:
         """Return the dataplanes whose generation their hosts have not reached."""
         ports: Any = Port.select(Port.host_id).where((Port.state == "BUILD") & (Port.host_id != ""))
         waiting = {host_id for (host_id,) in ports.tuples()}
+        if urgent and not waiting:
+            return []
         query: Any = HostDataplane.select(HostDataplane.host_id, HostDataplane.generation)
         behind = query.where(HostDataplane.observed_generation < HostDataplane.generation)
+        if urgent:
+            behind = behind.where(HostDataplane.host_id.in_(sorted(waiting)))
         # A guest waits for its port. The others learn where it is, and may learn of many at once.
         return [
             Pending(host_id, host_id, number, absent=False, urgent=host_id in waiting)
@@ -127,12 +134,8 @@ class Source:
         ]
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
-        """Return the dataplane.
-
-        The generation is read first: what is read after it may be newer, never older.
-        """
-        number = generation(host_id)
-        return [sessions.desired(host_id, number, dataplane_document.document(host_id))]
+        """Return the dataplane."""
+        return _documents(HostDataplane.host_id == host_id).get(host_id, [])
 
     def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
         """Record how far the host is; its ports that are in place become ACTIVE."""
@@ -151,6 +154,22 @@ class Source:
             error=error,
         ).where(HostDataplane.host_id == host_id).execute()
         _activate(host_id, reached)
+
+
+def _documents(condition: Any) -> dict[str, list[session_pb2.Desired]]:
+    """Return the dataplanes of hosts, by host.
+
+    The generations are read first: what is read after them may be newer, never older.
+    """
+    query: Any = HostDataplane.select(HostDataplane.host_id, HostDataplane.generation)
+    numbers = dict(query.where(condition).tuples())
+    if not numbers:
+        return {}
+    documents = dataplane_document.documents(list(numbers))
+    return {
+        host_id: [sessions.desired(host_id, numbers[host_id], document)]
+        for host_id, document in documents.items()
+    }
 
 
 def _activate(host_id: str, reached: int) -> None:

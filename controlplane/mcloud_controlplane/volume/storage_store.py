@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import peewee
@@ -139,11 +139,11 @@ def forget(row: Volume) -> None:
 class VolumeSource:
     """What hosts are to store and serve, for their sessions."""
 
-    def desired(self, host_id: str) -> Sequence[session_pb2.Desired]:
-        """Return what the host has not reached."""
-        return _desired(host_id, Volume.observed_generation < Volume.desired_generation)
+    def desired(self, host_ids: Sequence[str]) -> Mapping[str, Sequence[session_pb2.Desired]]:
+        """Return what the hosts have not reached."""
+        return _desired(host_ids, Volume.observed_generation < Volume.desired_generation)
 
-    def pending(self) -> Sequence[Pending]:
+    def pending(self, *, urgent: bool) -> Sequence[Pending]:
         """Return the volumes whose desired generation their hosts have not reached."""
         query: Any = Volume.select(
             Volume.host_id, Volume.id, Volume.desired_generation, Volume.absent
@@ -152,7 +152,7 @@ class VolumeSource:
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that is to be on the host, and its tombstones."""
-        return _desired(host_id, Volume.desired_generation > 0)
+        return _desired([host_id], Volume.desired_generation > 0).get(host_id, [])
 
     def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
         """Record what the host has of a volume."""
@@ -214,32 +214,33 @@ def _end_disconnecting(row: Volume) -> None:
             tables.changed(type_, changed.id, changed.project_id)
 
 
-def _desired(host_id: str, condition: peewee.Expression) -> list[session_pb2.Desired]:
+def _desired(
+    host_ids: Sequence[str], condition: peewee.Expression
+) -> dict[str, list[session_pb2.Desired]]:
+    """Return what is desired of volumes, by host."""
+    condition &= Volume.host_id.in_(list(host_ids))
     clients: dict[str, list[export_pb2.ExportClient]] = {}
     connected = (
         Attachment.select()
         .join(Volume, on=(Attachment.volume_id == Volume.id))
-        .where((Volume.host_id == host_id) & (Attachment.state == "CONNECTED") & condition)
+        .where((Attachment.state == "CONNECTED") & condition)
         .order_by(Attachment.id)
     )
-    for row in connected:
-        clients.setdefault(row.volume_id, []).append(
+    for each in connected:
+        clients.setdefault(each.volume_id, []).append(
             export_pb2.ExportClient(
-                attachment_id=row.id,
-                host_id=row.host_id,
-                certificate_subject=row.certificate_subject,
+                attachment_id=each.id,
+                host_id=each.host_id,
+                certificate_subject=each.certificate_subject,
             )
         )
-    rows = Volume.select().where((Volume.host_id == host_id) & condition).order_by(Volume.id)
-    return [
-        sessions.desired(
-            row.id,
-            row.desired_generation,
-            None
-            if row.absent
-            else export_pb2.VolumeDesired(
+    found: dict[str, list[session_pb2.Desired]] = {}
+    for row in Volume.select().where(condition).order_by(Volume.id):
+        spec = None
+        if not row.absent:
+            spec = export_pb2.VolumeDesired(
                 size_bytes=row.size_gib << 30, clients=clients.get(row.id, ())
-            ),
-        )
-        for row in rows
-    ]
+            )
+        desired = sessions.desired(row.id, row.desired_generation, spec)
+        found.setdefault(row.host_id, []).append(desired)
+    return found

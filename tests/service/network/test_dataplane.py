@@ -103,9 +103,9 @@ async def test_what_the_host_has_is_not_sent_again(cloud: Cloud) -> None:
     store = cloud.runtime.database("network", model.open_database)
     source = dataplane_store.Source()
     async with cloud.host("192.0.2.1") as host:
-        assert len(await store.read(source.desired, host.id)) == 1
+        assert len((await store.read(source.desired, [host.id]))[host.id]) == 1
         await host.report()
-        assert await store.read(source.desired, host.id) == []
+        assert await store.read(source.desired, [host.id]) == {}
         (whole,) = await store.read(source.everything, host.id)
         assert (whole.id, whole.generation, whole.absent) == (host.id, 1, False)
 

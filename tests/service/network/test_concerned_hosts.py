@@ -1,0 +1,154 @@
+"""A change costs work for the hosts that it concerns, for all of them at once, and for no other."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fakes.dataplane_host import DataplaneHost, new_domain
+from mcloud.network.v1 import dataplane_pb2
+from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.network import dataplane_document, dataplane_store, model
+from service.network.cloud import Cloud
+
+SOURCE = dataplane_store.Source()
+
+
+def store_of(cloud: Cloud) -> Database:
+    return cloud.runtime.database("network", model.open_database)
+
+
+async def statements(store: Database, function: Callable[..., Any], *args: Any) -> int:
+    """Count the statements of a unit."""
+    execute = store.peewee.execute_sql
+
+    def read() -> int:
+        count, here = 0, threading.get_ident()
+
+        def counting(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += threading.get_ident() == here  # others read meanwhile
+            return execute(*args, **options)
+
+        store.peewee.execute_sql = counting  # type: ignore[method-assign]
+        try:
+            function(*args)
+        finally:
+            del store.peewee.execute_sql
+        return count
+
+    return await store.read(read)
+
+
+async def test_only_hosts_on_what_has_changed_have_something_to_do(cloud: Cloud) -> None:
+    ann = await cloud.member("ann")
+    store = store_of(cloud)
+    networks = [(await ann.net())[0].metadata.id for _ in range(2)]
+    async with AsyncExitStack() as stack:
+        hosts = [
+            await stack.enter_async_context(cloud.host(f"192.0.2.{number}"))
+            for number in range(1, 7)
+        ]
+        groups = []
+        for network in networks:
+            groups.append((await ann.create("SecurityGroup", f"of {network}")).metadata.id)
+        for number, host in enumerate(hosts[:5]):
+            on = number % 2  # 0, 2, 4 on the first network; 1, 3 on the second; the last on none
+            port = await cloud.ensure(ann.project_id, networks[on], security_group_ids=[groups[on]])
+            await cloud.bind(host, port, new_domain())
+        for host in hosts:
+            number = await store.read(dataplane_store.generation, host.id)
+            await host.until(lambda h=host, n=number: h.generation >= n)
+            await host.report(number)
+        assert await store.read(lambda: SOURCE.pending(urgent=False)) == []
+
+        port = await cloud.ensure(ann.project_id, networks[0], security_group_ids=[groups[0]])
+        await cloud.bind(hosts[0], port, new_domain())
+        behind = await store.read(lambda: SOURCE.pending(urgent=False))
+        assert {each.host_id: each.urgent for each in behind} == {
+            hosts[0].id: True,
+            hosts[2].id: False,
+            hosts[4].id: False,
+        }
+        urgent = await store.read(lambda: SOURCE.pending(urgent=True))
+        assert {each.host_id for each in urgent} == {hosts[0].id}
+
+        everybody = [host.id for host in hosts]
+        assert set(await store.read(SOURCE.desired, everybody)) == {h.id for h in hosts[:5:2]}
+        assert await statements(store, SOURCE.desired, everybody) == await statements(
+            store, SOURCE.desired, [hosts[0].id]
+        )
+        assert await statements(store, SOURCE.desired, [hosts[5].id]) == 1
+
+
+async def test_after_any_change_whoever_it_concerns_has_a_new_generation(cloud: Cloud) -> None:
+    """What is worked out for many hosts is what is worked out for each; and no change is missed."""
+    draw = random.Random(7)  # noqa: S311
+    ann = await cloud.member("ann")
+    store = store_of(cloud)
+    networks = [(await ann.net(f"10.{number}.0.0/24"))[0].metadata.id for number in range(3)]
+    groups = [(await ann.create("SecurityGroup", f"g{number}")).metadata.id for number in range(3)]
+    bound: list[tuple[Any, str]] = []
+    rules: list[str] = []
+
+    async def bind(hosts: list[DataplaneHost]) -> None:
+        chosen = draw.sample(groups, draw.randint(1, 2))
+        port = await cloud.ensure(ann.project_id, draw.choice(networks), security_group_ids=chosen)
+        domain = new_domain()
+        await cloud.bind(draw.choice(hosts), port, domain)
+        bound.append((port, domain))
+
+    async def unbind(_: list[DataplaneHost]) -> None:
+        if bound:
+            port, domain = bound.pop(draw.randrange(len(bound)))
+            await cloud.unbind(port, domain)
+            await cloud.release(port)
+
+    async def add_rule(_: list[DataplaneHost]) -> None:
+        rule = await ann.create(
+            "SecurityGroupRule",
+            security_group_id=draw.choice(groups),
+            direction=1,
+            ip_version=4,
+            protocol="tcp",
+            port_min=(number := len(rules) + 1),
+            port_max=number,
+            remote_group_id=draw.choice(groups),
+        )
+        rules.append(rule.metadata.id)
+
+    async def delete_rule(_: list[DataplaneHost]) -> None:
+        if rules and rules[-1]:
+            await ann.delete("SecurityGroupRule", rules[-1])
+            rules[-1] = ""
+
+    async def seen(hosts: list[DataplaneHost]) -> dict[str, tuple[int, bytes]]:
+        def look() -> dict[str, tuple[int, bytes]]:
+            ids = [host.id for host in hosts]
+            documents = dataplane_document.documents(ids)
+            for id_ in ids:
+                assert dataplane_document.documents([id_]) == {id_: documents[id_]}
+            return {id_: (dataplane_store.generation(id_), _text(documents[id_])) for id_ in ids}
+
+        return await store.read(look)
+
+    async with AsyncExitStack() as stack:
+        hosts = [
+            await stack.enter_async_context(cloud.host(f"192.0.2.{number}"))
+            for number in range(1, 5)
+        ]
+        before = await seen(hosts)
+        for change in draw.choices((bind, unbind, add_rule, delete_rule), (4, 2, 2, 1), k=30):
+            await change(hosts)
+            after = await seen(hosts)
+            for host in hosts:
+                (number, document), (new_number, new_document) = before[host.id], after[host.id]
+                assert (new_number > number) or document == new_document, change.__name__
+            before = after
+
+
+def _text(document: dataplane_pb2.HostDataplane) -> bytes:
+    return document.SerializeToString(deterministic=True)
