@@ -169,12 +169,6 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
     async def _decide(self, queued: _Request) -> placement_service_pb2.SelectDestinationsResponse:
         """Take the request (6), filter, weigh and claim (7)."""
         taken, request = database.now(), queued.message
-        if not request.dry_run:
-            earlier = await self._database.read(store.find_claim, request.domain_id)
-            if earlier is not None:
-                return placement_service_pb2.SelectDestinationsResponse(
-                    claim=earlier, steps=_steps(queued.queue_time, taken, earlier.host_name)
-                )
         need = _need(
             request.resources,
             self._database.now(),
@@ -205,6 +199,12 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
             # Others were quicker, or the view is old: look what is left.
             await self._view.refresh(choice.candidates)
         if not request.dry_run:
+            # A repeat, after its first time has taken what room there was.
+            earlier = await self._database.read(store.find_claim, request.domain_id)
+            if earlier is not None:
+                return placement_service_pb2.SelectDestinationsResponse(
+                    claim=earlier, steps=_steps(queued.queue_time, taken, earlier.host_name)
+                )
             await self._database.write(store.record_placement, request, choice.explanation)
         raise _no_valid_host(choice.explanation)
 
