@@ -41,6 +41,7 @@ _RETRIES = 5
 _LOCK_S = 5.0  # for which SQLite waits for a file that another program has locked
 _FULL_BYTES = 1 << 20
 _POLL_S = 2.0  # the net under the wake-ups
+_TICK_NS = 50_000_000  # of the clock of files; it is at most 10 ms
 _CLOCK_S = 10.0  # how often the server is asked for the time
 
 # When the rpc that is being served must have ended; monotonic seconds.
@@ -389,9 +390,18 @@ class Database:
 
         A connection is not told of its own: so the one is asked that all of this process's
         commits go through. Source: https://www.sqlite.org/pragma.html#pragma_data_version.
+        Asking takes a turn of the writers'; a commit writes to the log beside the file, so nothing
+        is asked while that has not been written to.
         """
-        seen = None
+        seen = asked = None
+        log_file = Path(urlsplit(self.url).path + "-wal")
         while not self._closed.wait(0.05):
+            written = _written(log_file)
+            if written is not None and written == asked:
+                continue
+            # What is written within the same tick of the clock has the same time.
+            settled = written is not None and time.time_ns() - written[0] > _TICK_NS
+            asked = written if settled else None
             try:
                 version = self._writers.submit(self._data_version).result()
             except (CancelledError, RuntimeError):
@@ -457,6 +467,15 @@ def _open(url: str) -> peewee.Database:
 def _uptime_us() -> int:
     """Return microseconds since the machine started, suspended or not; never set back."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """Return when a file was written to last, and its size."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 _connections: dict[int, list[Any]] = {}
