@@ -193,9 +193,11 @@ def check_time(claims: dict[str, Any]) -> None:
     """Refuse a token that has expired, or would be good for longer than it was made for.
 
     Raises:
-        errors.Unauthenticated: TOKEN_EXPIRED.
+        errors.Unauthenticated: TOKEN_EXPIRED, TOKEN_INVALID.
     """
     moment = time.time_ns() / 1e9
+    if not all(isinstance(claims[name], int) for name in ("exp", "iat")):
+        raise _invalid()
     if claims["exp"] <= moment or claims["iat"] > moment + CLOCKS_DIFFER_S:
         raise _expired()
 
