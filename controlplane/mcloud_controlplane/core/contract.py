@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf import descriptor, descriptor_pool
 from google.protobuf.message import Message
@@ -119,37 +119,35 @@ def _counts(message: Message, path: str) -> bool:
 
 
 def _violations(message: Message, prefix: str) -> Iterator[tuple[str, str]]:
-    for field, rules, checks, is_message in _plan(message.DESCRIPTOR):
-        path = prefix + field.name
-        present = (
-            message.HasField(field.name)
-            if field.has_presence
-            else bool(getattr(message, field.name))
-        )
+    for field in _plan(message.DESCRIPTOR):
+        if field.has_presence:
+            present = message.HasField(field.name)
+        else:
+            present = bool(getattr(message, field.name))
         if not present:
-            if rules.required:
-                yield path, "must be set"
-            elif rules.defined:
-                yield path, "must be one of the known values"
+            if field.missing:
+                yield prefix + field.name, field.missing
             continue
-        value = getattr(message, field.name)
-        if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            yield from _map_violations(value, path, rules)
+        path, value = prefix + field.name, getattr(message, field.name)
+        if field.is_map:
+            yield from _map_violations(value, path, field.rules)
         elif field.is_repeated:
-            if rules.HasField("max_items") and len(value) > rules.max_items:
-                yield path, f"has {len(value)} entries; at most {rules.max_items}"
+            if field.rules.HasField("max_items") and len(value) > field.rules.max_items:
+                yield path, f"has {len(value)} entries; at most {field.rules.max_items}"
                 continue
             for index, item in enumerate(value):
-                if is_message:
+                if field.is_message:
                     yield from _violations(item, f"{path}[{index}].")
                 else:
-                    yield from (
-                        (f"{path}[{index}]", text) for check in checks if (text := check(item))
-                    )
-        elif is_message:
+                    for check in field.checks:
+                        if text := check(item):
+                            yield f"{path}[{index}]", text
+        elif field.is_message:
             yield from _violations(value, path + ".")
         else:
-            yield from ((path, text) for check in checks if (text := check(value)))
+            for check in field.checks:
+                if text := check(value):
+                    yield path, text
 
 
 def _map_violations(
@@ -168,27 +166,52 @@ def _map_violations(
             yield path, f"values have at most {_STRING_LIMIT} characters and no NUL"
 
 
+class _Field(NamedTuple):
+    """What is checked of a field: every message of every stream is, so it is worked out once."""
+
+    name: str
+    rules: options_pb2.FieldRules
+    checks: tuple[Check, ...]
+    missing: str  # what is said if it is not set; empty: nothing
+    has_presence: bool
+    is_map: bool
+    is_repeated: bool
+    is_message: bool  # with fields of its own
+
+
 @cache
-def _plan(
-    of: descriptor.Descriptor,
-) -> tuple[tuple[descriptor.FieldDescriptor, options_pb2.FieldRules, tuple[Check, ...], bool], ...]:
-    plan: list[
-        tuple[descriptor.FieldDescriptor, options_pb2.FieldRules, tuple[Check, ...], bool]
-    ] = []
-    for field in of.fields:
-        rules = field.GetOptions().Extensions[options_pb2.rules]
-        # Any carries what other messages constrain; well-known types constrain themselves.
-        inner = field.message_type
-        is_message = inner is not None
-        if inner is not None and not inner.full_name.startswith("mcloud."):
-            is_map = inner.GetOptions().map_entry
-            if not is_map and not rules.required:
-                continue
-            if not is_map:
-                plan.append((field, rules, (), False))
-                continue
-        plan.append((field, rules, tuple(_checks(field, rules)), is_message))
-    return tuple(plan)
+def _plan(of: descriptor.Descriptor) -> tuple[_Field, ...]:
+    return tuple(filter(None, map(_planned, of.fields)))
+
+
+def _planned(field: descriptor.FieldDescriptor) -> _Field | None:
+    """Return what is checked of a field; None: nothing."""
+    rules = field.GetOptions().Extensions[options_pb2.rules]
+    inner = field.message_type
+    is_map = inner is not None and inner.GetOptions().map_entry
+    # Any carries what other messages constrain; well-known types constrain themselves.
+    ours = inner is None or is_map or inner.full_name.startswith("mcloud.")
+    if not ours and not rules.required:
+        return None
+    checks = tuple(_checks(field, rules)) if ours else ()
+    missing = ""
+    if rules.required:
+        missing = "must be set"
+    elif rules.defined:
+        missing = "must be one of the known values"
+    is_message = inner is not None and ours
+    if not (missing or is_message or checks or rules.HasField("max_items")):
+        return None
+    return _Field(
+        field.name,
+        rules,
+        checks,
+        missing,
+        field.has_presence,
+        is_map,
+        field.is_repeated,
+        is_message,
+    )
 
 
 def _checks(field: descriptor.FieldDescriptor, rules: options_pb2.FieldRules) -> Iterator[Check]:
