@@ -32,6 +32,7 @@ class Result:
     unevenness: int  # the instances of the fullest host, less those of the emptiest
     cpu: dict[str, float]  # of the control plane ("") and of what is beside it
     delete_cpu: float
+    memory_mib: float  # of the control plane, when all were there
 
 
 def run(plan: Plan) -> list[Figure]:
@@ -88,6 +89,7 @@ async def _storm(client: Client, storm: Storm, cloud: Cloud, count: int, *, firs
     created = await storm.create(count, clients=CLIENTS, first=first)
     cpu = {**cloud.cpu_since(before), "_client": time.process_time() - own}
     counts = await _instance_counts(client)
+    memory = cloud.plane.processes.pss_mib()
     before = cloud.cpu_s()
     deleted = await storm.delete(clients=CLIENTS)
     delete = cloud.cpu_since(before)[""]
@@ -97,6 +99,7 @@ async def _storm(client: Client, storm: Storm, cloud: Cloud, count: int, *, firs
         max(counts) - min(counts),
         {name: 1000 * used / max(len(created.succeeded), 1) for name, used in cpu.items()},
         1000 * delete / max(len(deleted.succeeded), 1),
+        memory,
     )
 
 
@@ -145,5 +148,6 @@ def _figures(results: list[Result], bare: list[float]) -> list[Figure]:
             figure(f"boot_cpu{name}", [each.cpu[name] for each in results], "ms", holds=sound)
             for name in results[0].cpu
         ),
+        figure("storm_memory", [each.memory_mib for each in results], "MiB"),
         figure("delete_cpu", [each.delete_cpu for each in results], "ms"),
     ]

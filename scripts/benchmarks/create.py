@@ -63,7 +63,7 @@ async def _measure(plan: Plan, cloud: Cloud) -> Samples:
             samples.bare += [1000 * each for each in bare]
             echoes = await yardsticks.echoes(cloud.plane, CALLERS, plan.size(3.0, 0.5))
             samples.echo_p99.append(echoes.at_ms(99))
-            at_once = await _at_once(client, storm.specs[0], plan.size(640, CALLERS))
+            at_once = await _at_once(client, storm.specs[0], plan.size(320, CALLERS))
             samples.accepted_p99.append(at_once.at_ms(99))
             deleted = await storm.delete()
             assert not deleted.failed, deleted.failed

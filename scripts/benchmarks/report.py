@@ -127,7 +127,7 @@ class Curve:
         """0: it does not matter; 1: in proportion. By least squares over the logarithms."""
         logs = [(math.log(size), math.log(max(value, 1e-9))) for size, value in self.points]
         slope, _ = statistics.linear_regression(*zip(*logs, strict=True))
-        return round(slope, 2)
+        return round(slope, 2) + 0.0  # not -0
 
     def __str__(self) -> str:
         points = ", ".join(f"{size:g}: {value:.4g}" for size, value in self.points)
