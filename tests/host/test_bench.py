@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import ALL
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
@@ -34,3 +35,9 @@ def test_an_unknown_benchmark_is_refused_with_what_there_is() -> None:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "storm_rate" in done.stderr
+
+
+def test_help_names_every_benchmark() -> None:
+    command = (sys.executable, BENCH, "--help")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert all(f"{name}:" in done.stdout for name in ALL)
