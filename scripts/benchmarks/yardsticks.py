@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -120,11 +119,3 @@ def copy_and_digest(source: Path, target: Path) -> float:
     with target.open("rb") as file:
         hashlib.file_digest(file, "sha256")
     return time.perf_counter() - begin
-
-
-def forget(path: Path) -> None:
-    """Remove a file or directory that was made."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
