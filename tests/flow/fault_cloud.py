@@ -136,7 +136,7 @@ class FaultCloud:
 
         def expire() -> None:
             table.update(lease_expire_time=0).where(table.id == operation_id).execute()
-            tables.changed("operation", operation_id, "")
+            tables.wake_runners(operation_id, "")
 
         await self.database(service).write(expire)
 

@@ -130,7 +130,7 @@ def make_hosts(names: str) -> None:
     for name in names:
         model.Host.create(
             id=ids.new("h"), name=name, create_time=moment, update_time=moment,
-            report_time=moment + 300_000_000, vcpu_count=20, memory_mib=1 << 20, disk_gib=1 << 10,
+            report_time=moment, vcpu_count=20, memory_mib=1 << 20, disk_gib=1 << 10,
             cpu_allocation_ratio=1.0,
         )  # fmt: skip
 

@@ -110,7 +110,7 @@ class Process:
             await asyncio.sleep(_HEARTBEAT_S)
             for use in tuple(self._uses):
                 try:
-                    await use.database.write(self._refresh, use)
+                    await use.database.write_at_once(self._refresh, use)
                 except errors.WrongState:
                     self.unfit.set()
                     raise

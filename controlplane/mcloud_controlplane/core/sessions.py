@@ -276,7 +276,7 @@ class Sessions:
         return int(table.get_by_id(host).number), self._tables.epoch()
 
     async def _renew_all(self, sessions: list[tuple[str, int]]) -> set[tuple[str, int]]:
-        renewed, self._epoch = await self._database.write(self._renew, sessions)
+        renewed, self._epoch = await self._database.write_at_once(self._renew, sessions)
         return renewed
 
     def _renew(self, sessions: list[tuple[str, int]]) -> tuple[set[tuple[str, int]], str]:

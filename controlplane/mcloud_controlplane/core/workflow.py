@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 LEASE_S = 15.0
 _POLL_S = 2.0
+_BITE = 25  # operations taken at a time, so that other processes have a share
+_BUSY = 50  # units that wait for the database; with more, what is held is gone on with first
 _RUNNING = ("RUNNING", "UNDOING")
 
 
@@ -194,10 +196,13 @@ class Runner:
         table = self._tables.operation
         mine = table.id.in_(held) & (table.lease_owner == self._owner)
         table.update(lease_expire_time=0).where(mine).execute()
+        tables.wake_runners(held[0], "")
 
     async def _take_all(self) -> None:
         """Take what is free, as far as there is room, and hear of cancellations."""
-        room = self.concurrency - len(self._held)
+        room = min(self.concurrency - len(self._held), _BITE)
+        if self._database.waiting > _BUSY:
+            room = 0
         try:
             # Most wake-ups are for something else: look first, without a writer's turn.
             free, cancelled = await self._database.read(self._look, room)
@@ -211,6 +216,8 @@ class Runner:
             task = asyncio.create_task(self._hold(row))
             self._held[row.id] = task
             task.add_done_callback(partial(self._left, row.id))
+        if taken and len(free) == room:
+            self._event.set()  # there may be more
 
     def _left(self, id_: str, _: asyncio.Task[None]) -> None:
         self._held.pop(id_, None)
@@ -283,7 +290,7 @@ class Runner:
             if not held:
                 continue
             try:
-                lost = await self._database.write(self._renew_now, held)
+                lost = await self._database.write_at_once(self._renew_now, held)
             except errors.Error as error:
                 log.warning("leases could not be renewed", reason=error.reason)
                 continue
@@ -446,19 +453,18 @@ class Runner:
 
     def _begin(self, job: Job, step: Step) -> None:
         self._save(job)
-        rows = [self._row(step, "RUNNING", job.start, None)]
-        _save_rows(self._tables, job.operation_id, job.attempt, rows)
+        self._save_rows(job, self._row(step, "RUNNING", job.start, None))
 
     def _end_step(self, workflow: Workflow, job: Job, index: int, moment: int) -> None:
         """Save that a step is done, and that the next one runs."""
         step, rest = workflow.steps[index], workflow.steps[index + 1 :]
         state, detail = ("SKIPPED", job.skipped) if job.skipped else ("DONE", job.detail)
-        rows = [*map(_row_of, job.trace), self._row(step, state, job.start, moment, detail)]
+        self._save(job, position=index + 1)
+        rows = [self._row(step, state, job.start, moment, detail)]
         if rest:
             rows.append(self._row(rest[0], "RUNNING", moment, None))
-        _save_rows(self._tables, job.operation_id, job.attempt, rows)
+        self._save_rows(job, *rows)
         if rest:
-            self._save(job, position=index + 1)
             return
         workflow.on_done(job)
         response = None
@@ -467,7 +473,6 @@ class Runner:
             response.Pack(job.response)
         self._save(
             job,
-            position=index + 1,
             state="SUCCEEDED",
             end_time=moment,
             response=response.SerializeToString() if response else None,
@@ -475,15 +480,13 @@ class Runner:
         self._export(job.operation_id)
 
     def _fail_step(self, job: Job, step: Step, index: int, error: errors.Error) -> None:
-        row = self._row(step, "FAILED", job.start, database.now(), str(error))
-        rows = [*map(_row_of, job.trace), row]
-        _save_rows(self._tables, job.operation_id, job.attempt, rows)
         self._save(
             job,
             state="UNDOING",
             position=index,
             error=errors.to_status(error).SerializeToString(),
         )
+        self._save_rows(job, self._row(step, "FAILED", job.start, database.now(), str(error)))
 
     def _begin_undo_step(self, job: Job, step: Step) -> None:
         self._save(job)
@@ -501,6 +504,13 @@ class Runner:
             cancelled = isinstance(job.error, errors.Cancelled)
             self._save(job, state="CANCELLED" if cancelled else "FAILED", end_time=database.now())
             self._export(job.operation_id)
+
+    def _save_rows(self, job: Job, *rows: Row) -> None:
+        """Write rows of steps; of one that stands, how it began stays."""
+        _write_rows(
+            self._tables, job.operation_id, job.attempt, rows, ("state", "end_time", "detail")
+        )
+        save_trace(self._tables, job.operation_id, job.attempt, job.trace)
 
     def _update_row(self, job: Job, step: Step, **values: Any) -> None:
         """Change the row of a step that is being undone; what has failed is shown as that."""
@@ -523,7 +533,8 @@ def save_trace(
     shared: tables.Tables, operation_id: str, attempt: int, steps: list[operation_pb2.OperationStep]
 ) -> None:
     """Write the rows that other services timed. Within a unit."""
-    _save_rows(shared, operation_id, attempt, [_row_of(step) for step in steps])
+    names = ("name", "service", "host", "state", "start_time", "end_time", "detail")
+    _write_rows(shared, operation_id, attempt, [_row_of(step) for step in steps], names)
 
 
 def _row_of(step: operation_pb2.OperationStep) -> Row:
@@ -539,18 +550,27 @@ def _row_of(step: operation_pb2.OperationStep) -> Row:
     }
 
 
-def _save_rows(shared: tables.Tables, operation_id: str, attempt: int, rows: list[Row]) -> None:
-    """Write whole rows of a trace, in one statement; those without a number are not shown."""
+def _write_rows(
+    shared: tables.Tables,
+    operation_id: str,
+    attempt: int,
+    rows: Sequence[Row],
+    changed: Sequence[str],
+) -> None:
+    """Write rows of a trace, in one statement; those without a number are not shown.
+
+    Args:
+        changed: columns that are taken over by rows that stand.
+    """
     table = shared.operation_step
     # The last of a number counts: a statement may not meet a row twice.
     found = {row["number"]: row for row in rows if row["number"]}
     if not found:
         return
     key = {"operation_id": operation_id, "attempt": attempt}
-    names = ("name", "service", "host", "state", "start_time", "end_time", "detail")
     table.insert_many([key | row for row in found.values()]).on_conflict(
         conflict_target=[table.operation_id, table.number, table.attempt],
-        update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in names},
+        update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in changed},
     ).execute()
 
 

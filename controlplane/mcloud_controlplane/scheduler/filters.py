@@ -13,6 +13,8 @@ import numpy as np
 
 from mcloud_controlplane.scheduler.hosts import DIMENSIONS, DISK, MEMORY, VCPU, Bools, Hosts, Need
 
+_RECENTLY_US = 120_000_000  # that a host which has fallen silent may be heard of again
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -26,6 +28,15 @@ class Filter:
 def alive(hosts: Hosts, need: Need) -> Bools:
     """Pass hosts that have reported lately, and not before a clock was set back."""
     return np.abs(need.now - hosts.report_time) <= need.silent_after_us
+
+
+def all_just_fell_silent(hosts: Hosts, need: Need) -> bool:
+    """Tell whether no host is alive, and some were a moment ago.
+
+    So it is after the database was away, when no host's report could be written down.
+    """
+    age = need.now - hosts.report_time
+    return bool(not alive(hosts, need).any() and (np.abs(age) <= _RECENTLY_US).any())
 
 
 def enabled(hosts: Hosts, need: Need) -> Bools:

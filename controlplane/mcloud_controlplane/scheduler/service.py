@@ -24,7 +24,7 @@ from mcloud_controlplane.core.auth import Context
 from mcloud_controlplane.core.batch import Batch
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.runtime import Runtime
-from mcloud_controlplane.scheduler import choose, store
+from mcloud_controlplane.scheduler import choose, filters, store
 from mcloud_controlplane.scheduler.hosts import Hosts, Need
 from mcloud_controlplane.scheduler.invariants import InvariantServicer
 from mcloud_controlplane.settings import Settings
@@ -205,6 +205,12 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                 return placement_service_pb2.SelectDestinationsResponse(
                     claim=earlier, steps=_steps(queued.queue_time, taken, earlier.host_name)
                 )
+            if filters.all_just_fell_silent(self._view.hosts, need):
+                raise errors.Unavailable(
+                    "HOSTS_SILENT",
+                    "no host answers just now; try again in a moment",
+                    details=(errors.retry_after(2),),
+                )
             await self._database.write(store.record_placement, request, choice.explanation)
         raise _no_valid_host(choice.explanation)
 
@@ -247,7 +253,9 @@ class HostReportServicer(placement_service_pb2_grpc.HostReportServiceServicer):
         self._alive = Batch[tuple[str, int]](self._write_alive)
 
     async def _write_alive(self, streams: list[tuple[str, int]]) -> set[tuple[str, int]]:
-        current, moment = await self._database.write(store.keep_alive, self._database, streams)
+        current, moment = await self._database.write_at_once(
+            store.keep_alive, self._database, streams
+        )
         self._view.hosts.heard({host_id: moment for host_id, _ in current})
         return current
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcloud_controlplane.scheduler import choose
-from mcloud_controlplane.scheduler.filters import FILTERS
+from mcloud_controlplane.scheduler.filters import FILTERS, all_just_fell_silent
 from mcloud_controlplane.scheduler.hosts import HostRecord, Hosts, Need
 
 NOW = 1_000_000_000_000
@@ -237,3 +237,17 @@ def test_ten_thousand_hosts() -> None:
     assert all(int(id_[2:]) % 10 == 3 for id_ in found.candidates)
     assert found.explanation.considered_count == 10_000
     assert choose.capacity(hosts, NEED)[0] > 10_000
+
+
+@pytest.mark.parametrize(
+    ("ages_s", "expected"),
+    [([], False), ([31], True), ([31, 600], True), ([31, 1], False), ([121], False)],
+)
+def test_hosts_that_have_just_fallen_silent_are_told_from_none(
+    ages_s: list[int], expected: bool
+) -> None:
+    records = [
+        replace(HOST, id=f"h-{number}", report_time=NOW - age * 1_000_000)
+        for number, age in enumerate(ages_s)
+    ]
+    assert all_just_fell_silent(Hosts.of(records), NEED) is expected
