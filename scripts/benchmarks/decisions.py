@@ -81,7 +81,8 @@ def _decide(plan: Plan, count: int, *, full: bool) -> Samples:
 
 async def _measure(plan: Plan, cloud: Cloud, count: int) -> Samples:
     samples = Samples()
-    async with services.channel(cloud.plane) as channel:
+    reporting = fixtures.hosts_reporting(cloud.plane)
+    async with reporting, services.channel(cloud.plane) as channel:
         stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
         await _until_all_are_known(stub, count)
 
@@ -127,7 +128,7 @@ def _brim(plan: Plan) -> int:
 
 async def _until_refused(plane: ControlPlane) -> int:
     given = 0
-    async with services.channel(plane) as channel:
+    async with fixtures.hosts_reporting(plane), services.channel(plane) as channel:
         stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
         await _until_all_are_known(stub, _BRIM_HOSTS)
 
