@@ -102,7 +102,7 @@ class Postgresql:
         options = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": self._directory,
-            "max_connections": 200,
+            "max_connections": 500,
             "shared_buffers": "64MB",
         }
         return subprocess.Popen(
