@@ -140,6 +140,20 @@ class FaultCloud:
 
         await self.database(service).write(expire)
 
+    async def hand_over(self, operation_id: str) -> None:
+        """Expire a lease until another runner has taken it: the one that has it may renew it."""
+        table = self.shared(service_of(operation_id)).operation
+        database = self.database(service_of(operation_id))
+
+        def number() -> int:
+            return int(table.get_by_id(operation_id).lease_number)
+
+        before = await database.read(number)
+        async with asyncio.timeout(DEADLINE_S):
+            while await database.read(number) == before:
+                await self.expire_lease(operation_id)
+                await asyncio.sleep(0.05)
+
     async def call(self, method: str, *, system: bool = False, **fields: Any) -> Any:
         """Call "compute.InstanceService/GetInstance" with the request's fields."""
         stub, request = self.method(method, **fields)

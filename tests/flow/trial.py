@@ -87,7 +87,7 @@ class Trial:
         """The runner stands still until another has ended the operation, then goes on."""
         self.zombie = asyncio.current_task()
         async with self.world.another_runner(service_of(operation_id)):
-            await self.world.expire_lease(operation_id)
+            await self.world.hand_over(operation_id)
             await self.world.ended(operation_id)
 
     async def cancel(self, operation_id: str) -> None:
