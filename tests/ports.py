@@ -6,10 +6,12 @@ import os
 import socket
 from itertools import count
 
-# Below those that the kernel gives out by itself (from 32768 on), to connections too; each process
-# of the tests begins elsewhere.
+# Below those that the kernel gives out by itself (from 32768 on), to connections too; each of the
+# processes that run tests side by side begins at a part of its own.
 _FIRST, _LAST = 10_000, 32_000
-_numbers = count(os.getpid() * 97)
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_numbers = count((_LAST - _FIRST) * _WORKER // _WORKERS)
 
 
 def free() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from fakes.host_cloud import HostCloud, _request
 from mcloud.common.v1 import operation_pb2
 from mcloud.compute.v1 import instance_pb2, instance_service_pb2
 from mcloud.volume.v1 import volume_pb2
+from mcloud_agents.compute import image_cache
 from mcloud_agents.compute.driver import libvirt_name
 from mcloud_base import errors
 
@@ -157,26 +159,37 @@ def test_a_host_without_room_says_so_and_keeps_nothing(
     host_cloud: HostCloud, instance_id: str
 ) -> None:
     remove(host_cloud, instance_id)
-    host_cloud.host.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", _DISKS)
+    # As large as a disk, so that the host goes on saying so; but nothing can be made on it, then
+    # nothing but the domain's directory.
+    for file_count in (1, 2):
+        limits = f"size=1000g,nr_inodes={file_count}"
+        host_cloud.host.run("mount", "-t", "tmpfs", "-o", limits, "tmpfs", _DISKS)
+        try:
+            operation = host_cloud.ended(host_cloud.create("no-room"), 120)
+            assert operation.state == Operation.STATE_FAILED
+            assert errors.from_status(operation.error).reason == "HOST_DISK_FULL"
+            remove(host_cloud, operation.resource.id)
+        finally:
+            host_cloud.host.run("umount", "--lazy", _DISKS)
+        assert host_cloud.until(lambda: host_cloud.verify() == [])
+
+    operation = host_cloud.ended(host_cloud.create("room"))
+    assert operation.state == Operation.STATE_SUCCEEDED, operation.error
+    remove(host_cloud, operation.resource.id)
+
+
+async def test_an_overlay_for_which_there_is_no_room_says_so(tmp_path: Path) -> None:
+    base, small = tmp_path / "base", tmp_path / "small"
+    base.write_bytes(bytes(1 << 20))
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+    image = image_cache.CachedImage(base, "raw", 1 << 20)
     try:
-        operation = host_cloud.ended(host_cloud.create("no-room"), 120)
-        assert operation.state == Operation.STATE_FAILED
-        assert errors.from_status(operation.error).reason == "HOST_DISK_FULL"
-        remove(host_cloud, operation.resource.id)
+        with pytest.raises(errors.Exhausted, match="HOST_DISK_FULL"):
+            await image_cache.ensure_overlay(small / "root.qcow2", image, 1)
+        assert not (small / "root.qcow2").exists()
     finally:
-        host_cloud.host.run("umount", "--lazy", _DISKS)
-    assert host_cloud.until(lambda: host_cloud.verify() == [])
-
-    # There is room again, once the host has said so.
-    def made() -> Operation | None:
-        operation = host_cloud.ended(host_cloud.create("room"))
-        if operation.state == Operation.STATE_SUCCEEDED:
-            return operation
-        assert errors.from_status(operation.error).reason == "NO_VALID_HOST"
-        host_cloud.ended(host_cloud.delete(operation.resource.id))
-        return None
-
-    remove(host_cloud, host_cloud.until(made).resource.id)
+        subprocess.run(["umount", small], check=True)
 
 
 def test_an_instance_whose_qemu_dies_at_its_first_start_becomes_active(

@@ -251,11 +251,16 @@ def test_a_tap_without_an_owner_is_for_a_person(scene: Scene) -> None:
 def test_a_rule_of_the_network_without_an_owner_is_replaced(
     scene: Scene, kind: int, plant: Any
 ) -> None:
-    with plant(scene) as name:
-        assert scene.findings() == {(Finding.KIND_UNKNOWN_ARTIFACT, name, kind)}
-        # (Every minute the agent goes over its network by itself.)
-        assert scene.repair() in ({name: "DONE"}, {})
-        scene.until_clean()
+    # (Every minute the agent goes over its network by itself: it may be quicker, but not twice.)
+    for _ in range(2):
+        with plant(scene) as name:
+            found = scene.findings()
+            if found:
+                assert scene.repair() in ({name: "DONE"}, {})
+            scene.until_clean()
+        if found:
+            break
+    assert found == {(Finding.KIND_UNKNOWN_ARTIFACT, name, kind)}
 
 
 def test_a_domain_that_nothing_names_runs_on(scene: Scene) -> None:

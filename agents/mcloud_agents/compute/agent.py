@@ -8,6 +8,7 @@ a restart, and nothing is ever removed but for a tombstone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -254,11 +255,8 @@ class ComputeAgent:
                             attempt=managed.record.attempt, error=str(error))  # fmt: skip
                 deaths += error.reason == "QEMU_DIED"
                 managed.error = errors.to_status(self._verdict(error, deaths))
-            except Exception:
-                log.exception("domain not reached", domain=managed.record.domain_id)
-                managed.error = errors.to_status(
-                    errors.Internal("INTERNAL", "internal error of the agent")
-                )
+            except Exception as error:
+                managed.error = errors.to_status(_unexpected(error, managed.record.domain_id))
             finally:
                 managed.busy = False
                 managed.serial += 1
@@ -442,3 +440,12 @@ class ComputeAgent:
             if managed.record.gone and managed.record.gone_time < oldest:
                 self._place.store.remove(domain_id)
                 del self._managed[domain_id]
+
+
+def _unexpected(error: Exception, domain_id: str) -> errors.Error:
+    """Return what the control plane is told of a failure that no step has a word for."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.warning("domain not reached", domain=domain_id, error=str(error))
+        return errors.Exhausted("HOST_DISK_FULL", "no room is left on this host's disk")
+    log.exception("domain not reached", domain=domain_id)
+    return errors.Internal("INTERNAL", "internal error of the agent")

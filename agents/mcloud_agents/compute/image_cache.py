@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -83,7 +82,7 @@ class ImageCache:
         Raises:
             DataLoss: IMAGE_CORRUPT: the bytes are not those of the digest; they are thrown away.
             InvalidArgument: IMAGE_REFUSED.
-            Exhausted: HOST_DISK_FULL.
+            OSError: as of the file system.
         """
         lock = self._locks.setdefault(digest, asyncio.Lock())
         async with lock:
@@ -92,10 +91,9 @@ class ImageCache:
                 return found
             path = self._path(digest, image_format)
             partial = path.with_suffix(_PARTIAL)
-            with _disk_full_told(path):
-                await self._download(partial, digest, size_bytes, source)
-                virtual_size = qcow2.check(partial, image_format)
-                files.rename_durably(partial, path)
+            await self._download(partial, digest, size_bytes, source)
+            virtual_size = qcow2.check(partial, image_format)
+            files.rename_durably(partial, path)
             log.info("image cached", sha256=digest, size_bytes=size_bytes)
             return CachedImage(path, image_format, virtual_size)
 
@@ -171,7 +169,8 @@ async def ensure_overlay(overlay: Path, base: CachedImage, size_gib: int) -> Non
 
     Raises:
         InvalidArgument: FLAVOR_TOO_SMALL: the image's disk is larger.
-        Exhausted: HOST_DISK_FULL.
+        Exhausted: HOST_DISK_FULL, qemu-img says so.
+        OSError: as of the file system.
     """
     if overlay.exists():
         return
@@ -184,12 +183,11 @@ async def ensure_overlay(overlay: Path, base: CachedImage, size_gib: int) -> Non
     new = overlay.with_suffix(".new")
     new.unlink(missing_ok=True)
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with _disk_full_told(overlay):
-        await _qemu_img(
-            "create", "-q", "-f", "qcow2", "-b", str(base.path), "-F", base.format,
-            "-o", "lazy_refcounts=off,preallocation=off", str(new), str(size_bytes),
-        )  # fmt: skip
-        files.rename_durably(new, overlay)
+    await _qemu_img(
+        "create", "-q", "-f", "qcow2", "-b", str(base.path), "-F", base.format,
+        "-o", "lazy_refcounts=off,preallocation=off", str(new), str(size_bytes),
+    )  # fmt: skip
+    files.rename_durably(new, overlay)
 
 
 async def _qemu_img(*arguments: str) -> None:
@@ -220,16 +218,6 @@ async def _qemu_img(*arguments: str) -> None:
         if os.strerror(errno.ENOSPC) in text:
             raise Exhausted("HOST_DISK_FULL", f"qemu-img: {text}")
         raise Unavailable("QEMU_IMG_FAILED", f"qemu-img: {text}")
-
-
-@contextlib.contextmanager
-def _disk_full_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise Exhausted("HOST_DISK_FULL", f"no room for {path.name} on this host") from error
 
 
 def _write(descriptor: int, hash_too: Callable[[bytes], None], chunk: bytes) -> None:
