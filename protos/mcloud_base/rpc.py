@@ -34,6 +34,10 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
 # google.rpc.Status of a failed call, in its trailing metadata.
 STATUS_KEY = "grpc-status-details-bin"
 
+# Rows of an operation's trace that a service gives to a host, in the trailing metadata of its
+# answer; the host reports them with its own.
+STEP_KEY = "mcloud-step-bin"
+
 # What grpc.aio's client says where a message cannot be sent because the server has just ended the
 # call; what the server said is lost with it.
 _TORN = "Internal error from Core"

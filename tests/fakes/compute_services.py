@@ -56,7 +56,9 @@ class FakeConductor:
         self.specs: dict[str, domain_pb2.DomainSpec] = {}
         self.gate = Gate()
 
-    async def get_domain_spec(self, domain_id: str, epoch: str) -> domain_pb2.DomainSpec:
+    async def get_domain_spec(
+        self, domain_id: str, epoch: str, collect: Collect
+    ) -> domain_pb2.DomainSpec:
         await self.gate.passed()
         if domain_id not in self.specs:
             raise NotFound("DOMAIN_NOT_FOUND", domain_id)

@@ -193,8 +193,8 @@ async def stall(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
     runner = Runner(opened, model.shared, {"race": flow})
 
     class Watched(Runner):
-        async def _hold(self, row: Any) -> None:
-            await super()._hold(row)
+        async def _hold(self, row: Any, begun: bool) -> None:
+            await super()._hold(row, begun)
             left.set()
 
     runner.__class__ = Watched

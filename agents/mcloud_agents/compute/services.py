@@ -19,9 +19,6 @@ from mcloud_base.errors import Unavailable
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
-# An OperationStep in the trailing metadata of what a delegate calls (steps 11, 13, 15).
-STEP_KEY = "mcloud-step-bin"
-
 # Takes the rows that a service returns, also with an error.
 Collect = Callable[[operation_pb2.OperationStep], None]
 
@@ -33,7 +30,9 @@ IDLE_DEADLINE_S = 30.0  # of a stream that brings nothing
 class Conductor(Protocol):
     """Answers what a domain is to be (step 9)."""
 
-    async def get_domain_spec(self, domain_id: str, epoch: str) -> domain_pb2.DomainSpec:
+    async def get_domain_spec(
+        self, domain_id: str, epoch: str, collect: Collect
+    ) -> domain_pb2.DomainSpec:
         """See DomainService.GetDomainSpec."""
 
 
@@ -87,10 +86,15 @@ class GrpcConductor:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = domain_service_pb2_grpc.DomainServiceStub(channel)
 
-    async def get_domain_spec(self, domain_id: str, epoch: str) -> domain_pb2.DomainSpec:
+    async def get_domain_spec(
+        self, domain_id: str, epoch: str, collect: Collect
+    ) -> domain_pb2.DomainSpec:
         """See Conductor."""
-        request = domain_service_pb2.GetDomainSpecRequest(domain_id=domain_id, epoch=epoch)
-        return await rpc.call(self._stub.GetDomainSpec, request, timeout_s=CALL_DEADLINE_S)
+        return await rpc.call(
+            _collecting(self._stub.GetDomainSpec, collect),
+            domain_service_pb2.GetDomainSpecRequest(domain_id=domain_id, epoch=epoch),
+            timeout_s=CALL_DEADLINE_S,
+        )
 
 
 class GrpcImages:
@@ -198,5 +202,5 @@ def _trailing(error: grpc.RpcError) -> Any:
 
 def _collect(metadata: Any, collect: Collect) -> None:
     for key, value in metadata or ():
-        if key == STEP_KEY and isinstance(value, bytes):
+        if key == rpc.STEP_KEY and isinstance(value, bytes):
             collect(operation_pb2.OperationStep.FromString(value))

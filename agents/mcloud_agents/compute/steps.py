@@ -20,7 +20,7 @@ NAMES = {
     15: ("volume", "authorize, answer"),
     16: ("agent", "define and start"),
 }
-_KEPT_ATTEMPTS = 7  # of eight rows each: DomainStatus takes 64
+_KEPT_ATTEMPTS = 7  # of nine rows each: DomainStatus takes 64
 
 
 @dataclass

@@ -129,7 +129,7 @@ async def _ask_for_spec(
 ) -> tuple[domain_pb2.DomainSpec, str]:
     """8. Take the domain up; its spec, and the token for this attempt only."""
     with steps.step(8):
-        spec = await place.conductor.get_domain_spec(record.domain_id, record.epoch)
+        spec = await place.conductor.get_domain_spec(record.domain_id, record.epoch, steps.collect)
         same = (spec.domain_id, spec.epoch) == (record.domain_id, record.epoch)
         if not same or spec.generation < record.generation:
             raise Conflict(

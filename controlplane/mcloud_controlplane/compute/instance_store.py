@@ -232,6 +232,7 @@ def create(
             for number, volume in enumerate(spec.volumes)
         ],
         operation_id=work.operation_id,
+        reserved=True,
     )
     row.save(force_insert=True)
     work.concerns("instance", row.id, row.name, project_id)

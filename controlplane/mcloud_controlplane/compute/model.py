@@ -76,7 +76,8 @@ class Instance(Resource):
     power_reason = peewee.TextField(default="")
     operation_id = peewee.TextField(default="")  # the one that works on it; exclusive
     fault = JsonField(null=True)  # {"reason", "message", "time"}
-    reserved = peewee.BooleanField(default=False)  # ports, attachments, image may be held for it
+    # Ports, attachments, the image may be held for it: from its beginning to its release.
+    reserved = peewee.BooleanField(default=False)
     launch_time = peewee.BigIntegerField(null=True)
 
     class Meta:

@@ -24,7 +24,7 @@ def require(
         errors.Exhausted: QUOTA_EXCEEDED, with every violation as QuotaFailure.
     """
     limits = _locked(project_id)
-    used = usage(project_id)
+    used = usage(project_id, with_keys=bool(key_pairs))
     wanted = dict(zip(_FIELDS, (instances, vcpus, memory_mib, key_pairs), strict=True))
     violations = [
         error_details_pb2.QuotaFailure.Violation(
@@ -45,8 +45,8 @@ def require(
         )
 
 
-def usage(project_id: str) -> quota_pb2.QuotaUsage:
-    """Count what a project has."""
+def usage(project_id: str, *, with_keys: bool = True) -> quota_pb2.QuotaUsage:
+    """Count what a project has; without its keys, they are said to be none."""
     fn = peewee.fn
     living = (Instance.project_id == project_id) & Instance.delete_time.is_null()
     counts: Any = Instance.select(
@@ -55,7 +55,7 @@ def usage(project_id: str) -> quota_pb2.QuotaUsage:
         fn.COALESCE(fn.SUM(Instance.memory_mib), 0),
     ).where(living)
     ((instances, vcpus, memory),) = counts.tuples()
-    keys = KeyPair.select().where(KeyPair.project_id == project_id).count()
+    keys = KeyPair.select().where(KeyPair.project_id == project_id).count() if with_keys else 0
     return quota_pb2.QuotaUsage(
         instance_count=instances,
         vcpu_count=int(vcpus),
@@ -90,8 +90,12 @@ def update(work: Mutation, request: quota_service_pb2.UpdateQuotaRequest) -> quo
 
 
 def _locked(project_id: str) -> Quota:
-    Quota.insert(project_id=project_id).on_conflict_ignore().execute()
-    return locked(Quota.select().where(Quota.project_id == project_id)).get()
+    query = locked(Quota.select().where(Quota.project_id == project_id))
+    row: Quota | None = query.first()
+    if row is None:
+        Quota.insert(project_id=project_id).on_conflict_ignore().execute()
+        row = query.get()
+    return row
 
 
 def _message(row: Quota) -> quota_pb2.Quota:

@@ -24,6 +24,7 @@ answer, 8 to 16 with the host's report.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mcloud.compute.v1 import instance_pb2
@@ -71,7 +72,6 @@ class CreateInstance:
         """
         instance = await self._database.read(store.get_instance, job.resource_id)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
-        await self._database.write(store.change_instance, job, reserved=True)
         image, *ports = await together(
             self._neighbours.ensure_image_use(job, instance.image_id),
             *(self._reserve_port(job, instance, nic, spec) for nic in instance.nics),
@@ -79,7 +79,7 @@ class CreateInstance:
         )
         _check_fit(instance, image)
         described = {port.metadata.id: port for port in ports if port is not None}
-        await self._database.write(_record_reserved, job, instance, image, described)
+        job.with_save(partial(_record_reserved, instance, image, described))
         counts = f"{len(instance.nics)} port(s), {len(instance.volumes)} volume(s)"
         job.detail = f"{counts}, image {image.metadata.name}"
 
@@ -228,7 +228,7 @@ def _check_fit(instance: Any, image: image_pb2.Image) -> None:
 
 
 def _record_reserved(
-    job: Job, instance: Any, image: image_pb2.Image, ports: dict[str, port_pb2.Port]
+    instance: Any, image: image_pb2.Image, ports: dict[str, port_pb2.Port]
 ) -> None:
     nics = []
     for nic in instance.nics:
@@ -241,8 +241,8 @@ def _record_reserved(
                 "addresses": [fixed.ip_address for fixed in port.status.fixed_ips],
             }
         )
-    store.change_instance(
-        job,
+    store.set_instance(
+        instance.id,
         nics=nics,
         image={
             "sha256": image.status.sha256,

@@ -135,7 +135,10 @@ class Neighbours:
             project_id=job.project_id,
             lease_number=job.lease_number,
         )
-        await rpc.call(self.images.EnsureImageUse, use, timeout_s=_TIMEOUT_S)
+        recorded = await rpc.call(self.images.EnsureImageUse, use, timeout_s=_TIMEOUT_S)
+        if recorded.HasField("image"):
+            return recorded.image
+        # The image service is of an earlier release.
         get = image_service_pb2.GetImageRequest(id=image_id)
         return await rpc.call(self.images.GetImage, get, timeout_s=_TIMEOUT_S)
 

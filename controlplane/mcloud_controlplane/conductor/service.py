@@ -80,10 +80,7 @@ class DomainServicer(domain_service_pb2_grpc.DomainServiceServicer):
             start_time=convert.timestamp(auth.call().receive_time),
             end_time=convert.timestamp(database.now()),
         )
-        if spec.operation_id:
-            await self._database.write(
-                workflows.save_trace, model.shared, spec.operation_id, 1, [step]
-            )
+        auth.call().hand_over(step)
         return spec
 
     async def GetDomain(

@@ -292,15 +292,13 @@ def _retire_domain(job: workflows.Job, domain_id: str) -> Domain:
 
 def count_build(domain_id: str, *, failed: bool) -> None:
     """Remember builds that a host refused, one after the other; the scheduler avoids such hosts."""
-    row = find_domain(domain_id)
-    if row is None or not row.host_id:
-        return
-    change = Host.update(failure_count=Host.failure_count + 1 if failed else 0)
-    concerned = Host.id == row.host_id
+    change: Any = Host.update(failure_count=Host.failure_count + 1 if failed else 0)
+    its_host = Domain.select(Domain.host_id).where(Domain.id == domain_id)
+    concerned = Host.id.in_(its_host)
     if not failed:
         concerned &= Host.failure_count > 0
-    if change.where(concerned).execute():
-        tables.changed("host", row.host_id, "")
+    for (host_id,) in change.where(concerned).returning(Host.id).tuples().execute():
+        tables.changed("host", host_id, "")
 
 
 def release_claim(job: workflows.Job, domain_id: str) -> None:
@@ -326,16 +324,22 @@ def domain_spec(
         raise errors.WrongState(
             "STALE_EPOCH", "the control plane was restored; begin a new session"
         )
-    row = Domain.get_or_none((Domain.id == request.domain_id) & (Domain.host_id == host_id))
+    row = (
+        Domain.select(Domain, Host.availability_zone)
+        .join(Host, on=(Host.id == Domain.host_id), attr="host")
+        .where((Domain.id == request.domain_id) & (Domain.host_id == host_id))
+        .first()
+    )
     if row is None:
         raise errors.NotFound("DOMAIN_NOT_FOUND", f"there is no domain {request.domain_id} here")
     if row.absent:
         raise errors.WrongState("DOMAIN_ABSENT", f"domain {request.domain_id} is to be removed")
     instance = Instance.get_by_id(row.instance_id)
-    operation = shared.operation.get_or_none(shared.operation.id == _operation_id(row))
+    operation = shared.operation
+    query: Any = operation.select(operation.trace_id).where(operation.id == _operation_id(row))
     traceparent = ""
-    if operation is not None and operation.trace_id:
-        traceparent = f"00-{operation.trace_id}-{operation.trace_id[:16]}-01"
+    for (trace_id,) in query.tuples():
+        traceparent = f"00-{trace_id}-{trace_id[:16]}-01" if trace_id else ""
     spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
     keys = []
     if instance.public_key:
@@ -377,7 +381,7 @@ def domain_spec(
             public_keys=keys,
             metadata=dict(spec.guest_metadata),
             user_data=spec.user_data,
-            availability_zone=Host.get_by_id(host_id).availability_zone,
+            availability_zone=row.host.availability_zone,
             config_drive=spec.config_drive,
             project_id=instance.project_id,
             flavor_name=instance.flavor_name,

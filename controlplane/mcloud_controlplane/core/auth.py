@@ -10,8 +10,8 @@ import grpc
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from mcloud.common.v1 import options_pb2
-from mcloud_base import errors, tls
+from mcloud.common.v1 import operation_pb2, options_pb2
+from mcloud_base import errors, rpc, tls
 
 Rule = options_pb2.Rule
 
@@ -103,6 +103,10 @@ class Call:
     authorize_end_time: int = 0
     trace_id: str = ""
     trailing: list[tuple[str, str | bytes]] = field(default_factory=list)
+
+    def hand_over(self, step: operation_pb2.OperationStep) -> None:
+        """Give the calling host a row of the trace, which it reports with its own."""
+        self.trailing.append((rpc.STEP_KEY, step.SerializeToString()))
 
 
 _caller: ContextVar[Caller] = ContextVar("caller")

@@ -132,6 +132,9 @@ class Database:
         self._queued = 0
         self._lock = threading.Lock()
         self._listeners: set[_Listener] = set()
+        # Called within a unit with the row of an operation that is about to be written; returns the
+        # row of its first step if this process goes on with it (workflow.py).
+        self.offer: Callable[[Any], dict[str, Any] | None] = lambda row: None
         # Taken by reads that nobody waits for in person (watches), so that requests pass them.
         self.background_reads = asyncio.Semaphore(max(readers - 1, 1))
         self._closed = threading.Event()

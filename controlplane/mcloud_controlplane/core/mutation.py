@@ -68,7 +68,6 @@ class Mutation:
                 "name": name,
                 "service": service,
                 "host": host,
-                "attempt": 1,
                 "state": "RUNNING" if end is None else "DONE",
                 "start_time": start,
                 "end_time": end,
@@ -129,14 +128,19 @@ class Frame:
         if request.validate_only:
             database.unit().rollback = True
             return operations.message(row, [])
+        steps = list(mutation._steps)
+        if row.workflow:
+            first = self._database.offer(row)
+            if first is None:
+                tables.wake_runners(row.id, row.project_id)
+            elif first["number"] not in {step["number"] for step in steps}:
+                steps.append(first)
         self._tables.operation.insert(**row.__data__).execute()
-        steps = [dict(operation_id=operation_id, **step) for step in mutation._steps]
+        steps = [{"attempt": 1, **step, "operation_id": operation_id} for step in steps]
         if steps:
             self._tables.operation_step.insert_many(steps).execute()
         tables.changed("operation", row.id, row.project_id, "ADDED")
-        if mutation._workflow:
-            tables.wake_runners(row.id, row.project_id)
-        return operations.get(self._tables, operation_id)
+        return operations.message(row, [self._tables.operation_step(**step) for step in steps])
 
     def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:
         """Record a request, first thing in its unit; return what its first time made, if earlier.
@@ -152,9 +156,9 @@ class Frame:
             request_id=request.request_id,
         )
         digest = contract.digest(request, self._key())
-        table.insert(
-            **key, hash=digest, operation_id=made_id, time=database.now()
-        ).on_conflict_ignore().execute()
+        new: Any = table.insert(**key, hash=digest, operation_id=made_id, time=database.now())
+        if list(new.on_conflict_ignore().returning(table.hash).tuples().execute()):
+            return ""
         row = table.get(*(getattr(table, name) == value for name, value in key.items()))
         if row.hash != digest:
             raise errors.InvalidArgument(
@@ -162,7 +166,7 @@ class Frame:
                 f"request_id {request.request_id} was used for a different request; make a new one",
                 request_id=request.request_id,
             )
-        return "" if row.operation_id == made_id else str(row.operation_id)
+        return str(row.operation_id)
 
     def _key(self) -> bytes:
         return str(self._tables.deployment.get_by_id(1).request_key).encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from google.protobuf import any_pb2
@@ -122,16 +121,17 @@ class OperationServicer:
     ) -> Operation:
         """Return at its end or at the timeout."""
         timeout = request.timeout.ToSeconds() if request.HasField("timeout") else 30
-        with suppress(TimeoutError):
-            await self._database.until(
-                self._has_ended,
+        try:
+            return await self._database.until(
+                self._ended,
                 auth.caller(),
                 request.id,
                 timeout_s=min(max(timeout, 0), 600),
                 types=("work",),
                 id_=request.id,
             )
-        return await self._database.read(self._get, auth.caller(), request.id)
+        except TimeoutError:
+            return await self._database.read(self._get, auth.caller(), request.id)
 
     async def WatchOperation(
         self, request: operation_pb2.WatchOperationRequest, context: auth.Context
@@ -167,14 +167,14 @@ class OperationServicer:
                 except TimeoutError:
                     continue
 
-    def _has_ended(self, caller: auth.Caller, id_: str) -> bool | None:
-        """Return True when there is nothing for the caller to wait for; None before."""
+    def _ended(self, caller: auth.Caller, id_: str) -> Operation | None:
+        """Return an operation that has ended; None before."""
         table: Any = self._tables.operation
         query = table.select(table.state, table.project_id).where(table.id == id_)
         for state, project_id in query.tuples():
             if state not in _ENDED and caller.sees(project_id):
                 return None
-        return True
+        return self._get(caller, id_)
 
     def _get(self, caller: auth.Caller, id_: str) -> Operation:
         operation = get(self._tables, id_)

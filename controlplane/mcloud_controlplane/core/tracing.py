@@ -35,6 +35,11 @@ def configure(endpoint: str = "", exporter: SpanExporter | None = None) -> None:
     _provider.add_span_processor(BatchSpanProcessor(exporter))
 
 
+def is_configured() -> bool:
+    """Tell whether spans go anywhere."""
+    return _provider is not None
+
+
 def flush() -> None:
     """Send what waits."""
     if _provider is not None:

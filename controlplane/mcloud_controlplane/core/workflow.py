@@ -14,6 +14,7 @@ import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -58,11 +59,17 @@ class Job:
     start: int = 0  # when the running step began
     detail: str = ""
     skipped: str = ""
+    units: list[Callable[[], object]] = field(default_factory=list)
 
     def begin_step(self, moment: int) -> None:
         """Forget what the step before has told."""
         self.start, self.detail, self.skipped = moment, "", ""
         self.trace.clear()
+        self.units.clear()
+
+    def with_save(self, unit: Callable[[], object]) -> None:
+        """Have a unit run in the transaction that saves the running step as done."""
+        self.units.append(unit)
 
     def skip(self, reason: str) -> None:
         """Show the running step as not needed."""
@@ -149,9 +156,12 @@ class Runner:
         self._held: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
         self._event = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it runs
 
     async def run(self) -> None:
         """Take and run operations until cancelled; then leave them to others."""
+        self._loop = asyncio.get_running_loop()
+        self._database.offer = self._offered
         renewing = asyncio.create_task(self._renew())
         try:
             with self._database.listening("work") as event:
@@ -168,13 +178,12 @@ class Runner:
                     except TimeoutError:
                         continue
         finally:
+            self._loop = None
             tasks = [renewing, *self._held.values()]
-            held = list(self._held)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            if held:
-                await self._database.write(self._let_go, held)
+            await self._database.write(self._let_go)
 
     async def _inherit(self) -> bool:
         """Free what the predecessor held; tell whether the database did it."""
@@ -191,12 +200,45 @@ class Runner:
             return False
         return True
 
-    def _let_go(self, held: list[str]) -> None:
+    def _let_go(self) -> None:
         """Let another runner go on at once."""
         table = self._tables.operation
-        mine = table.id.in_(held) & (table.lease_owner == self._owner)
-        table.update(lease_expire_time=0).where(mine).execute()
-        tables.wake_runners(held[0], "")
+        mine = (table.lease_owner == self._owner) & table.state.in_(_RUNNING)
+        if table.update(lease_expire_time=0).where(mine).execute():
+            tables.wake_runners("", "")
+
+    def _offered(self, row: Any) -> Row | None:
+        """Take an operation in the unit that records it; return the row of its first step.
+
+        So whoever accepts it goes on with it at once, and nobody has to look for it. None: it is
+        left to whoever looks.
+        """
+        loop, busy = self._loop, self._database.waiting > _BUSY
+        if loop is None or busy or len(self._held) >= self.concurrency:
+            return None
+        if row.workflow not in self.workflows:
+            return None
+        row.lease_owner = self._owner
+        row.lease_number = self._next_number(row.lease_number)
+        row.lease_expire_time = self._expiry()
+
+        def start() -> None:
+            if loop is self._loop:
+                self._start(row, begun=True)
+
+        database.unit().after_commit.append(lambda: _soon(loop, start))
+        first = self.workflows[row.workflow].steps[0]
+        return self._row(first, "RUNNING", row.create_time, None)
+
+    def _start(self, row: Any, *, begun: bool = False) -> None:
+        """Run an operation that is held.
+
+        Args:
+            begun: its first step is in the trace.
+        """
+        task = asyncio.create_task(self._hold(row, begun))
+        self._held[row.id] = task
+        task.add_done_callback(partial(self._left, row.id))
 
     async def _take_all(self) -> None:
         """Take what is free, as far as there is room, and hear of cancellations."""
@@ -211,11 +253,9 @@ class Runner:
             log.warning("workflow runner could not take work", reason=error.reason)
             return
         for id_ in cancelled:
-            self._cancelled.setdefault(id_, asyncio.Event()).set()
+            self._cancellation(id_).set()
         for row in taken:
-            task = asyncio.create_task(self._hold(row))
-            self._held[row.id] = task
-            task.add_done_callback(partial(self._left, row.id))
+            self._start(row)
         if taken and len(free) == room:
             self._event.set()  # there may be more
 
@@ -259,28 +299,31 @@ class Runner:
 
     def _take(self, free: list[tuple[str, int]]) -> list[Any]:
         table = self._tables.operation
+        taken = []
+        for id_, number in free:
+            lease = {
+                "lease_owner": self._owner,
+                "lease_number": self._next_number(number),
+                "lease_expire_time": self._expiry(),
+            }
+            mine = (table.id == id_) & (table.lease_number == number)
+            if table.update(lease).where(mine).execute():
+                taken.append(table.get_by_id(id_))
+        return taken
+
+    def _next_number(self, number: int) -> int:
+        """Return the number of a lease that follows another one.
+
+        Higher than those of earlier operations on the same resource, which went with their effects
+        in other databases: hence the time, were it not for clocks that are set back.
+        """
+        table = self._tables.operation
         moment = database.now()
         if self._highest < 0 or moment < self._moment:  # it was set back: others gave some, too
             self._highest = table.select(peewee.fn.MAX(table.lease_number)).scalar() or 0
         self._moment = moment
-        taken = []
-        for id_, number in free:
-            won = (
-                table.update(
-                    lease_owner=self._owner,
-                    # Higher than those of earlier operations on the same resource, which went with
-                    # their effects in other databases: hence the time, were it not for clocks that
-                    # are set back.
-                    lease_number=(given := max(number, moment - 1, self._highest) + 1),
-                    lease_expire_time=self._expiry(),
-                )
-                .where((table.id == id_) & (table.lease_number == number))
-                .execute()
-            )
-            if won:
-                self._highest = given
-                taken.append(table.get_by_id(id_))
-        return taken
+        self._highest = max(number, moment - 1, self._highest) + 1
+        return self._highest
 
     async def _renew(self) -> None:
         """Keep every lease that is held, in one statement."""
@@ -310,7 +353,7 @@ class Runner:
 
     # -- one operation ---------------------------------------------------------------------------
 
-    async def _hold(self, row: Any) -> None:
+    async def _hold(self, row: Any, begun: bool) -> None:
         workflow = self.workflows[row.workflow]
         job = Job(
             operation_id=row.id,
@@ -327,7 +370,14 @@ class Runner:
         try:
             position = row.position
             if row.state == "RUNNING":
-                position = await self._do_all(workflow, job, position, row.cancel_requested)
+                if row.cancel_requested:
+                    self._cancellation(row.id).set()
+                if begun:
+                    job.begin_step(row.create_time)
+                else:
+                    job.begin_step(self._database.now())
+                    await self._database.write(self._begin, job, workflow.steps[position])
+                position = await self._do_all(workflow, job, position)
             if job.error is not None:
                 await self._undo_all(workflow, job, position)
         except _LeaseLostError:
@@ -338,12 +388,11 @@ class Runner:
             # A fault of ours must not end the runner: the lease runs out, the step is tried again.
             log.exception("operation's runner failed")
 
-    async def _do_all(self, workflow: Workflow, job: Job, position: int, cancelled: bool) -> int:
-        event = self._cancelled.setdefault(job.operation_id, asyncio.Event())
-        if cancelled:
-            event.set()
-        job.begin_step(self._database.now())
-        await self._database.write(self._begin, job, workflow.steps[position])
+    def _cancellation(self, id_: str) -> asyncio.Event:
+        return self._cancelled.setdefault(id_, asyncio.Event())
+
+    async def _do_all(self, workflow: Workflow, job: Job, position: int) -> int:
+        event = self._cancellation(job.operation_id)
         for index, step in enumerate(workflow.steps[position:], position):
             try:
                 await self._attempt(workflow, index, job, event)
@@ -370,6 +419,7 @@ class Runner:
             try:
                 if cancelled.is_set():
                     raise _cancelled_error()
+                job.units.clear()
                 await self._probe(workflow.name, index, "do", "before")
                 await _until_cancelled(step.do(job), cancelled, end)
                 await self._probe(workflow.name, index, "do", "after")
@@ -460,6 +510,8 @@ class Runner:
         step, rest = workflow.steps[index], workflow.steps[index + 1 :]
         state, detail = ("SKIPPED", job.skipped) if job.skipped else ("DONE", job.detail)
         self._save(job, position=index + 1)
+        for unit in job.units:
+            unit()
         rows = [self._row(step, state, job.start, moment, detail)]
         if rest:
             rows.append(self._row(rest[0], "RUNNING", moment, None))
@@ -523,6 +575,8 @@ class Runner:
         ).execute()
 
     def _export(self, operation_id: str) -> None:
+        if not tracing.is_configured():
+            return
         row = self._tables.operation.get_by_id(operation_id)
         table = self._tables.operation_step
         steps = list(table.select().where(table.operation_id == operation_id))
@@ -572,6 +626,12 @@ def _write_rows(
         conflict_target=[table.operation_id, table.number, table.attempt],
         update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in changed},
     ).execute()
+
+
+def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
+    """Do something in a loop, from another thread; not at all if it has ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(action)
 
 
 async def _until_cancelled(work: Awaitable[None], cancelled: asyncio.Event, end: float) -> None:

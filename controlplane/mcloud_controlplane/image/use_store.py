@@ -12,7 +12,7 @@ _PAGE = 1000
 
 
 def ensure(request: image_service_pb2.EnsureImageUseRequest) -> image_service_pb2.ImageUse:
-    """Record a use.
+    """Record a use, and tell the image.
 
     Raises:
         errors.NotFound: IMAGE_NOT_FOUND.
@@ -22,22 +22,26 @@ def ensure(request: image_service_pb2.EnsureImageUseRequest) -> image_service_pb
     effects.ensure_may(shared, _key(request), request.lease_number)
     here = (ImageUse.instance_id == request.instance_id) & (ImageUse.image_id == request.image_id)
     use = ImageUse.get_or_none(here)
-    if use is not None:
-        return message(use)
     # The lock keeps the sweeper from removing the bytes meanwhile.
-    row = locked(
-        Image.select().where((Image.id == request.image_id) & Image.delete_time.is_null())
-    ).first()
-    if row is None or (row.project_id != request.project_id and row.visibility != "PUBLIC"):
+    row = locked(Image.select().where(Image.id == request.image_id)).first()
+    if use is None:
+        use = _make(request, row)
+    answer = message(use)
+    answer.image.CopyFrom(image_store.message(row))
+    return answer
+
+
+def _make(request: image_service_pb2.EnsureImageUseRequest, row: Image | None) -> ImageUse:
+    seen = row is not None and (row.project_id == request.project_id or row.visibility == "PUBLIC")
+    if row is None or not seen or row.delete_time is not None:
         raise image_store.not_found(request.image_id)
     if row.state != "ACTIVE":
         raise errors.WrongState(
             "IMAGE_NOT_ACTIVE", f"image {row.id} is {row.state}; upload its bytes", id=row.id
         )
-    use = ImageUse.create(
+    return ImageUse.create(
         instance_id=request.instance_id, image_id=row.id, project_id=request.project_id
     )
-    return message(use)
 
 
 def release(request: image_service_pb2.ReleaseImageUseRequest) -> None:

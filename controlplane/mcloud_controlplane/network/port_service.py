@@ -14,8 +14,6 @@ from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.network import binding_store, port_store
 from mcloud_controlplane.network.model import shared
 
-_STEP_KEY = "mcloud-step-bin"  # a row of the trace, in trailing metadata; the agent hands it on
-
 
 class PortServicer(port_service_pb2_grpc.PortServiceServicer):
     """Ports."""
@@ -95,7 +93,7 @@ class PortServicer(port_service_pb2_grpc.PortServiceServicer):
             start_time=convert.timestamp(call.authorize_start_time),
             end_time=convert.timestamp(call.authorize_end_time),
         )
-        call.trailing.append((_STEP_KEY, step.SerializeToString()))
+        call.hand_over(step)
         return answer
 
     async def UnbindPort(

@@ -20,8 +20,11 @@ def ensure_room(project_id: str, resource: str, used: Any) -> None:
     Raises:
         errors.Exhausted: QUOTA_EXCEEDED.
     """
-    Quota.insert(project_id=project_id).on_conflict_ignore().execute()
-    row = locked(Quota.select().where(Quota.project_id == project_id)).get()
+    query = locked(Quota.select().where(Quota.project_id == project_id))
+    row = query.first()
+    if row is None:
+        Quota.insert(project_id=project_id).on_conflict_ignore().execute()
+        row = query.get()
     limit, count = getattr(row, f"{resource}_count"), used.count()
     if count >= limit:
         words = resource.replace("_", " ")

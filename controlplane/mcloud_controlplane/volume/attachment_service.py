@@ -113,4 +113,4 @@ def _trace_authorization() -> None:
         start_time=convert.timestamp(call.authorize_start_time),
         end_time=convert.timestamp(call.authorize_end_time),
     )
-    call.trailing.append(("mcloud-step-bin", step.SerializeToString()))
+    call.hand_over(step)

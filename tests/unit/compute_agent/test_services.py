@@ -17,7 +17,7 @@ from mcloud.image.v1 import image_pb2, image_service_pb2, image_service_pb2_grpc
 from mcloud.network.v1 import port_service_pb2, port_service_pb2_grpc
 from mcloud.volume.v1 import attachment_service_pb2, attachment_service_pb2_grpc
 from mcloud_agents.compute import services
-from mcloud_base import errors
+from mcloud_base import errors, rpc
 
 CONTENT = bytes(range(256)) * 16
 
@@ -25,7 +25,7 @@ CONTENT = bytes(range(256)) * 16
 async def admit(context: Any, number: int, service: str) -> None:
     """Do what an interceptor does: check the token, leave a row."""
     metadata = dict(context.invocation_metadata())
-    context.set_trailing_metadata(((services.STEP_KEY, step(number, service).SerializeToString()),))
+    context.set_trailing_metadata(((rpc.STEP_KEY, step(number, service).SerializeToString()),))
     if metadata.get("authorization") != f"Bearer {TOKEN}":
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no token")
 
@@ -37,6 +37,8 @@ class Services(
     attachment_service_pb2_grpc.AttachmentServiceServicer,
 ):
     async def GetDomainSpec(self, request: Any, context: Any) -> domain_pb2.DomainSpec:
+        row = step(9, "conductor").SerializeToString()
+        context.set_trailing_metadata(((rpc.STEP_KEY, row),))
         return domain_pb2.DomainSpec(domain_id=request.domain_id, epoch=request.epoch)
 
     async def GetImage(self, request: Any, context: Any) -> image_pb2.Image:
@@ -77,7 +79,7 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
 
 async def test_rows_come_with_every_answer(channel: grpc.aio.Channel) -> None:
     rows: list[operation_pb2.OperationStep] = []
-    spec = await services.GrpcConductor(channel).get_domain_spec("d-1", "e-1")
+    spec = await services.GrpcConductor(channel).get_domain_spec("d-1", "e-1", rows.append)
     assert (spec.domain_id, spec.epoch) == ("d-1", "e-1")
     images = services.GrpcImages(channel)
     image = await images.get("img-1", TOKEN, rows.append)
@@ -87,7 +89,7 @@ async def test_rows_come_with_every_answer(channel: grpc.aio.Channel) -> None:
     bound = await services.GrpcPorts(channel).bind("port-1", "d-1", 3, TOKEN, rows.append)
     assert bound.dataplane_generation == 7
     await services.GrpcAttachments(channel).connect("att-1", "d-1", 3, TOKEN, rows.append)
-    assert [row.number for row in rows] == [11, 11, 13, 15]
+    assert [row.number for row in rows] == [9, 11, 11, 13, 15]
 
 
 async def test_rows_come_with_refusals(channel: grpc.aio.Channel) -> None:
