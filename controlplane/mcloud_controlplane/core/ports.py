@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
 
 import grpc
 import structlog
 
 from mcloud_base import rpc
-from mcloud_controlplane.core import admission, gate, tokens
+from mcloud_controlplane.core import admission, gate
 from mcloud_controlplane.settings import Settings
 
 log = structlog.get_logger()
@@ -55,22 +54,8 @@ def places(settings: Settings) -> admission.Admission:
     )
 
 
-def server(
-    settings: Settings,
-    checker: tokens.TokenChecker,
-    *,
-    internal: bool,
-    is_revoked: Callable[[str], bool],
-    places: admission.Admission,
-) -> grpc.aio.Server:
+def server(settings: Settings, guard: gate.Gate, *, internal: bool) -> grpc.aio.Server:
     """Return the server of one port, not started."""
-    guard = gate.Gate(
-        checker,
-        internal=internal,
-        is_revoked=is_revoked,
-        places=places,
-        limits=gate.Limits(settings.default_deadline_s, settings.slow_reader_s),
-    )
     # Workers of one daemon share its ports; nobody else is to take a part of the connections.
     shared = ("grpc.so_reuseport", int(settings.workers > 1))
     own = _INTERNAL if internal else _PUBLIC

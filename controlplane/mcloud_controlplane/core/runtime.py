@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import socket
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -22,7 +22,9 @@ from mcloud.identity.v1 import (
 from mcloud_base import endpoints, errors, rpc
 from mcloud_controlplane.core import (
     database,
+    gate,
     migrations,
+    own_calls,
     pki,
     ports,
     processes,
@@ -62,20 +64,23 @@ class Runtime:
         self.runners: list[workflow.Runner] = []  # of every database that has workflows
         self._revoked: frozenset[str] = frozenset()
         self.checker = tokens.TokenChecker(
-            token_service_pb2_grpc.TokenServiceStub(self.channel("identity"))  # type: ignore[arg-type]
+            token_service_pb2_grpc.TokenServiceStub(self.network_channel("identity"))  # type: ignore[arg-type]
         )
-        self._places = ports.places(settings)
-        self.public = self._server(internal=False)
-        self.internal = self._server(internal=True)
+        places = ports.places(settings)
 
-    def _server(self, *, internal: bool) -> grpc.aio.Server:
-        return ports.server(
-            self.settings,
-            self.checker,
-            internal=internal,
-            is_revoked=lambda serial: serial in self._revoked,
-            places=self._places,
-        )
+        def guard(*, internal: bool) -> gate.Gate:
+            return gate.Gate(
+                self.checker,
+                internal=internal,
+                is_revoked=lambda serial: serial in self._revoked,
+                places=places,
+                limits=gate.Limits(settings.default_deadline_s, settings.slow_reader_s),
+            )
+
+        self.public = ports.server(settings, guard(internal=False), internal=False)
+        inner = guard(internal=True)
+        self.internal = ports.server(settings, inner, internal=True)
+        self._own = own_calls.Registry(inner, self.identity)
 
     def add(self, register: Callable[[Any, Any], None], servicer: Any) -> None:
         """Offer a servicer on both ports; the contract says who may call what.
@@ -85,8 +90,19 @@ class Runtime:
         """
         register(servicer, self.public)
         register(servicer, self.internal)
+        register(servicer, self._own)
 
     def channel(self, service: str) -> grpc.aio.Channel:
+        """Return what reaches a service: this process itself, if it serves that.
+
+        Another endpoint that the settings name for a service is used all the same.
+        """
+        network = self.network_channel(service)
+        if service in self.settings.services and service not in self.settings.internal_endpoints:
+            return cast(grpc.aio.Channel, own_calls.Channel(self._own, network))
+        return network
+
+    def network_channel(self, service: str) -> grpc.aio.Channel:
         """Return the channel to a service's internal port."""
         target = self.settings.internal_endpoint(service)
         if target not in self._channels:
