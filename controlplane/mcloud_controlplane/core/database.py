@@ -16,7 +16,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +91,13 @@ def now() -> int:
     """Return the time in microseconds since 1970, UTC: within a unit, of the database's clock."""
     store = _current.get()
     return time.time_ns() // 1000 if store is None else store.now()
+
+
+def execute(sql: str, parameters: Sequence[object] = ()) -> Any:
+    """Run a statement in the database whose unit is running, as Database.execute does."""
+    store = _current.get()
+    assert store is not None, "outside of a unit"
+    return store.execute(sql, parameters)
 
 
 class Database:
@@ -370,9 +377,15 @@ class Database:
             parameters = (_CHANNEL, text)
             self.peewee.execute_sql("SELECT pg_notify(%s, %s)", parameters)  # type: ignore[no-untyped-call]
 
-    def execute(self, sql: str) -> None:
-        """Run one statement of SQL that peewee has no words for. Within a unit."""
-        self.peewee.execute_sql(sql)  # type: ignore[no-untyped-call]
+    def execute(self, sql: str, parameters: Sequence[object] = ()) -> Any:
+        """Run one statement of SQL that peewee has no words for; return the cursor. Within a unit.
+
+        Args:
+            sql: with "?" where a parameter goes.
+        """
+        if self.is_postgresql:
+            sql = sql.replace("?", "%s")
+        return self.peewee.execute_sql(sql, parameters or None)  # type: ignore[no-untyped-call]
 
     def _follow(self) -> None:
         """Wake this process after commits of others, until closed."""
@@ -465,6 +478,7 @@ class _Postgresql(_QuickText, peewee.PostgresqlDatabase):
 
 
 def _open(url: str) -> peewee.Database:
+    statements.remember_columns()
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
         path = Path(parts.path)

@@ -248,28 +248,25 @@ class Tables:
         """Write what a unit changed under the next revision; the last writes of its transaction."""
         if not unit.changes:
             return
-        table: Any = self.deployment
-        counted = table.update(revision=table.revision + 1).where(table.id == 1)
-        ((revision,),) = counted.returning(table.revision).tuples().execute()
+        # Each transaction does this, so its SQL is not made anew.
+        ((revision,),) = database.execute(_NEXT_REVISION).fetchall()
         moment = database.now()
-        rows = [
-            (revision, number, type_, resource_id, project_id, change, moment)
-            for number, (type_, resource_id, project_id, change) in enumerate(
-                dict.fromkeys(unit.changes)
-            )
-        ]
-        self.change.insert_many(
-            rows,
-            fields=[
-                self.change.revision,
-                self.change.number,
-                self.change.type,
-                self.change.resource_id,
-                self.change.project_id,
-                self.change.change,
-                self.change.time,
-            ],
-        ).execute()
+        changes = list(dict.fromkeys(unit.changes))
+        for first in range(0, len(changes), _CHANGES_AT_ONCE):
+            rows = [
+                (revision, number, *change, moment)
+                for number, change in enumerate(changes[first : first + _CHANGES_AT_ONCE], first)
+            ]
+            places = ", ".join([_CHANGE_PLACES] * len(rows))
+            database.execute(f"{_INSERT_CHANGES} {places}", [v for row in rows for v in row])
+
+
+_NEXT_REVISION = "UPDATE deployment SET revision = revision + 1 WHERE id = 1 RETURNING revision"
+_INSERT_CHANGES = (
+    "INSERT INTO change (revision, number, type, resource_id, project_id, change, time) VALUES"
+)
+_CHANGE_PLACES = "(?, ?, ?, ?, ?, ?, ?)"
+_CHANGES_AT_ONCE = 500
 
 
 def bind(proxy: peewee.DatabaseProxy) -> Tables:
