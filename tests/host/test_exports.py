@@ -18,7 +18,7 @@ import pytest
 from fakes import pki
 from mcloud.common.v1 import session_pb2
 from mcloud.volume.v1 import export_pb2
-from mcloud_agents.volume import daemon
+from mcloud_agents.volume import daemon, data
 from mcloud_agents.volume.host import Settings, VolumeHost
 from mcloud_base import errors, ids
 
@@ -265,6 +265,28 @@ async def test_lost_data_is_reported_and_not_replaced(host: VolumeHost, settings
 
     (observed,) = await host.observe_all()
     assert errors.from_status(observed.error).reason == "VOLUME_DATA_MISSING"
+
+
+async def test_data_that_a_killed_agent_has_not_made_is_no_loss(
+    host: VolumeHost, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = ids.new("vol")
+
+    async def killed(*arguments: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(data, "run", killed)
+        await host.ensure(volume, 1, served_to())
+
+    after = VolumeHost(settings)
+    await after.start()
+    try:
+        assert await after.observe_all() == []
+        await after.ensure(volume, 1, served_to())
+        assert [observed.id for observed in await after.observe_all()] == [volume]
+    finally:
+        await after.close()
 
 
 async def test_a_volume_grows_and_never_shrinks(host: VolumeHost, one: Client) -> None:

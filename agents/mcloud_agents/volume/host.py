@@ -156,9 +156,14 @@ class VolumeHost:
         return observed
 
     async def observe_all(self) -> Sequence[session_pb2.Observed]:
-        """Return what there is of every volume, whether its server runs or not."""
+        """Return what there is of every volume, whether its server runs or not.
+
+        One whose first data an agent that was killed has left unmade is no loss: it is yet to be.
+        """
         everything = []
         for record in self._records.all():
+            if not record.created:
+                continue
             observed = session_pb2.Observed(
                 id=record.volume_id, epoch=record.epoch, generation=record.generation
             )
