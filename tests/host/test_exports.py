@@ -275,9 +275,10 @@ async def test_data_that_a_killed_agent_has_not_made_is_no_loss(
     async def killed(*arguments: object) -> None:
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patched:
         patched.setattr(data, "run", killed)
-        await host.ensure(volume, 1, served_to())
+        with pytest.raises(RuntimeError, match="killed"):
+            await host.ensure(volume, 1, served_to())
 
     after = VolumeHost(settings)
     await after.start()
