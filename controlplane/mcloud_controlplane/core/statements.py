@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import peewee
 
 _MOST_VALUES = 200  # in a list
-_MOST_ROWS = 20
+MOST_ROWS = 20  # of an insert
 _MOST_SHAPES = 5000
 
 # Of each kind of node that is known: what of it is part of the text, then what is walked. Of what
@@ -128,10 +128,7 @@ def made(database: Any, query: Any) -> tuple[str, list[Any]] | None:
         _texts[shape] = text
     if text is None:
         return None
-    parameters = [
-        convert if number is None else convert(values[number]) if convert else values[number]
-        for number, convert in text.parameters
-    ]
+    parameters = _parameters(text, values)
     if checking:
         sql, theirs = database.get_sql_context().sql(query).query()
         assert text.sql == sql, f"{text.sql} is not {sql}"
@@ -169,6 +166,52 @@ def remember_columns() -> None:
 
 
 _columns: dict[Any, tuple[Any, list[Any]]] = {}
+
+
+class Kept:
+    """A query of the busiest paths, that is built once for each number of values, not each time.
+
+    What a model gives by default stays what it was then.
+
+    Args:
+        build: makes the query of lists of values.
+    """
+
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self._build = build
+        self._texts: dict[Any, Text] = {}
+
+    def run(self, database: Any, *lists: Sequence[Any]) -> list[Any]:
+        """Run it with these values; return the rows as they are in the database."""
+        shape = (database.param, *map(len, lists))
+        text = self._texts.get(shape)
+        if text is None:
+            text = self._texts[shape] = self._make(database, lists)
+        values = [*itertools.chain.from_iterable(lists)]
+        cursor = database.execute_sql(text.sql, _parameters(text, values))
+        return list(cursor.fetchall()) if cursor.description else []
+
+    def _make(self, database: Any, lists: Sequence[Sequence[Any]]) -> Text:
+        numbers = itertools.count()
+        query = self._build(*([_Slot(next(numbers)) for _ in values] for values in lists))
+        context = _Recorder(**database.get_context_options())
+        sql, parameters = context.sql(query).query()  # type: ignore[no-untyped-call]
+        return _text(sql, parameters, query)
+
+
+def _text(sql: str, parameters: Sequence[Any], query: Any) -> Text:
+    return Text(
+        sql,
+        [each if isinstance(each, tuple) else (None, each) for each in parameters],
+        query,
+    )
+
+
+def _parameters(text: Text, values: Sequence[Any]) -> list[Any]:
+    return [
+        convert if number is None else convert(values[number]) if convert else values[number]
+        for number, convert in text.parameters
+    ]
 
 
 def _plain(parameter: Any) -> Any:
@@ -211,7 +254,7 @@ def _walk_assigned(part: Any, values: list[Any]) -> Any:
     if isinstance(part, dict):
         return ("row", *[(_walk_key(key), _walk_one(each, values)) for key, each in part.items()])
     if isinstance(part, list) and all(isinstance(row, dict | tuple) for row in part):
-        if len(part) > _MOST_ROWS:
+        if len(part) > MOST_ROWS:
             raise _UnknownError
         return (
             "rows",
@@ -269,11 +312,7 @@ def _make(database: Any, query: Any) -> Text | None:
         sql, parameters = context.sql(slotted).query()  # type: ignore[no-untyped-call]
     except _UnknownError:
         return None
-    return Text(
-        sql,
-        [each if isinstance(each, tuple) else (None, each) for each in parameters],
-        slotted,
-    )
+    return _text(sql, parameters, slotted)
 
 
 def _slotted(part: Any, slot: Callable[[Any], _Slot]) -> Any:

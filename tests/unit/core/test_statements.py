@@ -158,3 +158,27 @@ def test_a_default_that_is_made_anew_is_left_to_peewee(engine: Engine) -> None:
     Numbered.insert(word="a").execute()
     Numbered.insert(word="b").execute()
     assert [row.number for row in Numbered.select()] == [0, 1]
+
+
+def test_a_kept_query_is_built_once_for_each_number_of_values(engine: Engine) -> None:
+    built = []
+
+    def build(ids: list[str], sizes: list[int]) -> Any:
+        built.append((len(ids), len(sizes)))
+        return Thing.select(Thing.id).where(Thing.id.in_(ids) & (Thing.size > sizes[0]))
+
+    rows = [{"id": f"t-{n}", "size": n, "create_time": 0, "update_time": 0} for n in range(4)]
+    Thing.insert_many(rows).execute()
+    found = statements.Kept(build)
+    assert found.run(engine, ["t-1", "t-2"], [0]) == [("t-1",), ("t-2",)]
+    assert found.run(engine, ["t-2", "t-3"], [2]) == [("t-3",)]
+    assert found.run(engine, ["t-0"], [-1]) == [("t-0",)]
+    assert built == [(2, 1), (1, 1)]
+
+
+def test_a_kept_insert_has_the_defaults_of_its_model(engine: Engine) -> None:
+    fields = [Thing.id, Thing.create_time, Thing.update_time]
+    kept = statements.Kept(lambda *rows: Thing.insert_many(rows, fields=fields))
+    assert kept.run(engine, ("t-1", 5, 6), ("t-2", 7, 8)) == []
+    row = Thing.get_by_id("t-2")
+    assert (row.create_time, row.update_time, row.labels, row.version) == (7, 8, {}, 1)
