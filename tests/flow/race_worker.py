@@ -10,7 +10,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 from mcloud.common.v1 import metadata_pb2, options_pb2
@@ -23,8 +24,8 @@ from mcloud_controlplane.core import auth, database, listing
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.workflow import Job, Runner, Step, Workflow
-from mcloud_controlplane.scheduler import store as scheduler_store
-from mcloud_controlplane.scheduler.service import PlacementServicer, View
+from mcloud_controlplane.scheduler.decisions import Decisions
+from mcloud_controlplane.scheduler.view import View
 from mcloud_controlplane.settings import Settings
 
 PROJECT = "p-race"
@@ -41,9 +42,11 @@ async def told() -> str:
     return (await asyncio.to_thread(sys.stdin.readline)).strip()
 
 
-async def outcomes(work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+async def outcomes(
+    work: list[Coroutine[Any, Any, Any]], *, at_a_time: int = _AT_A_TIME
+) -> list[Any]:
     """Do it all, some at a time; of what was refused, return the reason."""
-    limit = asyncio.Semaphore(_AT_A_TIME)
+    limit = asyncio.Semaphore(at_a_time)
 
     async def one(part: Coroutine[Any, Any, Any]) -> Any:
         async with limit:
@@ -73,26 +76,43 @@ def enter(method: str) -> None:
     auth.set_current(caller, auth.Call(method, request_id="", receive_time=database.now()))
 
 
+@asynccontextmanager
+async def scheduler(opened: Database) -> AsyncIterator[Decisions]:
+    """Run this process's scheduler."""
+    settings = Settings.model_validate({})
+    view = View(opened, settings)
+    decisions = Decisions(opened, settings, view)
+    tasks = [asyncio.create_task(view.follow()), asyncio.create_task(decisions.work())]
+    try:
+        await view.loaded.wait()
+        yield decisions
+        _, different = await view.compare()
+        assert not different, "the hosts in memory are not as recorded"
+    finally:
+        await end(*tasks)
+
+
+async def place(decisions: Decisions, **values: Any) -> str:
+    request = placement_service_pb2.SelectDestinationsRequest(
+        **{"domain_id": ids.new("d"), "instance_id": ids.new("i"), "project_id": PROJECT, **values},
+        resources=placement_pb2.Resources(vcpu_count=1, memory_mib=64, disk_gib=1),
+    )
+    answer = await decisions.decide(request)
+    return str(answer.claim.host_id)
+
+
 async def claim(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
     """Ask this process's scheduler for room, many times."""
-    settings = Settings()
-    view = View(opened, settings)
-    placement = PlacementServicer(opened, settings, view)
-    tasks = [asyncio.create_task(view.follow()), asyncio.create_task(placement.work())]
-    await view.loaded.wait()
+    async with scheduler(opened) as decisions:
+        found = await outcomes([place(decisions) for _ in range(arguments["count"])])
+    return {"outcomes": found}
 
-    async def place() -> str:
-        request = placement_service_pb2.SelectDestinationsRequest(
-            domain_id=ids.new("d"),
-            instance_id=ids.new("i"),
-            project_id=PROJECT,
-            resources=placement_pb2.Resources(vcpu_count=1, memory_mib=64, disk_gib=1),
-        )
-        answer = await placement.SelectDestinations(request, None)  # type: ignore[arg-type]
-        return answer.claim.host_id
 
-    found = await outcomes([place() for _ in range(arguments["count"])])
-    await end(*tasks)
+async def claim_together(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask this process's scheduler for room for all requests at once."""
+    async with scheduler(opened) as decisions:
+        asked = [place(decisions, **values) for values in arguments["requests"]]
+        found = await outcomes(asked, at_a_time=len(asked))
     return {"outcomes": found}
 
 
@@ -180,9 +200,7 @@ async def stall(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
         say("holding")
         sys.stdin.readline()  # the whole process waits: it cannot even see that it lost the lease
         try:
-            await opened.write(
-                scheduler_store.check_lease, opened, job.operation_id, job.lease_number
-            )
+            await opened.write(conductor_store.require_lease, job)
         except errors.Conflict as error:
             result["effect"] = error.reason
 
@@ -250,7 +268,17 @@ async def settle(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
 
 PARTS: dict[str, Part] = {
     part.__name__: part
-    for part in (claim, create, write_and_watch, run_workflows, stall, stop, label, settle)
+    for part in (
+        claim,
+        claim_together,
+        create,
+        write_and_watch,
+        run_workflows,
+        stall,
+        stop,
+        label,
+        settle,
+    )
 }
 
 

@@ -156,6 +156,39 @@ def test_a_claim_that_fits_is_granted(opened: Database, url: str) -> None:
     assert list(found.values()) == [20]
 
 
+def test_batches_with_requests_of_every_kind_fill_hosts_exactly(opened: Database, url: str) -> None:
+    def prepare() -> tuple[str, list[str]]:
+        make_hosts("abc")
+        retired, moment = [ids.new("d") for _ in range(10)], database.now()
+        for id_ in retired:
+            model.Domain.create(
+                id=id_, instance_id=ids.new("i"), project_id=PROJECT, host_id="", generation=1,
+                absent=True, create_time=moment, absent_time=moment,
+            )  # fmt: skip
+        return _record_operation(), retired
+
+    operation_id, retired = opened.write_now(prepare)
+    number = opened.read_now(lambda: model.shared.operation.get_by_id(operation_id).lease_number)
+    shared = [{"domain_id": ids.new("d"), "instance_id": ids.new("i")} for _ in range(20)]
+    stale = [{"operation_id": operation_id, "lease_number": number + 5} for _ in range(10)]
+    removed = [{"domain_id": id_} for id_ in retired]
+    owned = [{"operation_id": operation_id, "lease_number": number} for _ in range(100)]
+    requests = [*stale, *removed, *shared, *shared, *owned]
+    results = race(*(Racer("claim_together", url, requests=requests) for _ in range(2)))
+
+    first, second = (result["outcomes"] for result in results)
+    full = {"NO_VALID_HOST"}
+    assert {*first[:10], *second[:10]} - full == {"STALE_LEASE"}
+    assert {*first[10:20], *second[10:20]} - full == {"ID_RETIRED"}
+    assert first[20:40] == first[40:60] == second[20:40] == second[40:60]
+    granted = Counter(first[20:40] + first[60:] + second[60:])
+    refused = granted.pop("NO_VALID_HOST")
+    print(f"claims: {refused + granted.total()} tried, 60 room, {granted.total()} granted")  # noqa: T201
+    assert sorted(granted.values()) == [20, 20, 20]
+    rows = opened.read_now(lambda: Counter(row.host_id for row in model.Claim.select()))
+    assert rows == granted
+
+
 def test_a_quota_is_used_up_exactly(opened: Database, url: str) -> None:
     def prepare() -> str:
         model.Quota.create(project_id=PROJECT, instance_count=20)

@@ -208,6 +208,12 @@ def locked(query: QueryT) -> QueryT:
     return query.for_update() if database.for_update else query  # type: ignore[attr-defined]
 
 
+def locked_or_skipped(query: QueryT) -> QueryT:
+    """Return a select that locks its rows and leaves out those that others have locked."""
+    lock = "FOR UPDATE SKIP LOCKED"
+    return query.for_update(lock) if database.for_update else query  # type: ignore[attr-defined]
+
+
 def open_database(url: str, process: processes.Process | None = None) -> Database:
     """Open the compute database; its tables are made where they are missing."""
     return schema.open_database("compute", url, database, shared, process)

@@ -304,10 +304,6 @@ class Database:
         """Return a select that locks its rows; SQLite's transaction has locked them already."""
         return query.for_update() if self.is_postgresql else query
 
-    def locked_or_skipped(self, query: Any) -> Any:
-        """Return a select that locks its rows and leaves out those that others have locked."""
-        return query.for_update("FOR UPDATE SKIP LOCKED") if self.is_postgresql else query
-
     # -- wake-ups ------------------------------------------------------------------------------
 
     @contextmanager

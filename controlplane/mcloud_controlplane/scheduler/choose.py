@@ -9,10 +9,10 @@ import numpy as np
 
 from mcloud.scheduler.v1 import placement_pb2
 from mcloud_controlplane.scheduler.filters import FILTERS, Filter
-from mcloud_controlplane.scheduler.hosts import DISK, MEMORY, VCPU, Hosts, Need
+from mcloud_controlplane.scheduler.hosts import DISK, MEMORY, VCPU, Floats, Hosts, Ints, Need
 from mcloud_controlplane.scheduler.weighers import WEIGHERS, Weigher, scaled
 
-_TOP = 10
+TOP = 10
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def choose(
     hosts: Hosts,
     need: Need,
     *,
-    limit: int = 32,
+    limit: int = TOP,
     turn: int = 0,
     filters: Sequence[Filter] = FILTERS,
     weighers: Sequence[Weigher] = WEIGHERS,
@@ -35,7 +35,7 @@ def choose(
     """Filter and weigh.
 
     Args:
-        limit: candidates to return; those after the first are for lost races.
+        limit: candidates to return.
         turn: hosts of equal score take turns by it.
     """
     explanation = placement_pb2.PlacementExplanation(
@@ -46,30 +46,29 @@ def choose(
             disk_gib=int(need.resources[DISK]),
         ),
     )
-    left = np.ones(len(hosts), np.bool_)
+    left, count = np.ones(len(hosts), np.bool_), len(hosts)
     for rule in filters:
         passed = left & rule.mask(hosts, need)
-        removed = int(left.sum() - passed.sum())
+        before, count = count, int(np.count_nonzero(passed))
         explanation.filters.add(
             name=rule.name,
-            removed_count=removed,
-            left_count=int(passed.sum()),
-            reason=rule.reason(hosts, need, left) if removed and not passed.any() else "",
+            removed_count=before - count,
+            left_count=count,
+            reason=rule.reason(hosts, need, left) if before and not count else "",
         )
         left = passed
-        if not left.any():
+        if not count:
             return Choice([], explanation)
     numbers = np.flatnonzero(left)
     scores = np.zeros(len(numbers))
-    weights: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+    weights: dict[str, Floats] = {}
     for weigher in weighers:
-        raw = weigher.scores(hosts, need)[numbers]
+        raw = weigher.scores(hosts, need)
+        raw = raw if count == len(hosts) else raw[numbers]
         weights[weigher.name] = raw
         scores += weigher.multiplier * scaled(raw)
-    # Equal scores in turns: the last key sorts first, so by score, then by distance from the turn.
-    distance = (numbers - turn) % max(len(hosts), 1)
-    best = np.lexsort((distance, -np.round(scores, 9)))[:limit]
-    for place in best[:_TOP]:
+    best = _best(np.round(scores, 9), numbers, turn % len(hosts), limit)
+    for place in best[:TOP]:
         explanation.top_hosts.add(
             host_id=hosts.ids[numbers[place]],
             host_name=hosts.names[numbers[place]],
@@ -77,6 +76,26 @@ def choose(
             weights={name: float(raw[place]) for name, raw in weights.items()},
         )
     return Choice([hosts.ids[numbers[place]] for place in best], explanation)
+
+
+def _best(scores: Floats, numbers: Ints, turn: int, limit: int) -> Ints:
+    """Return where the highest scores are, best first; equal ones in turns.
+
+    Only those are put in order: there may be 10,000 others.
+
+    Args:
+        numbers: of the hosts, rising; those that are at least `turn` come first.
+    """
+    limit = min(limit, len(scores))
+    lowest = np.partition(scores, -limit)[-limit]
+    better = np.flatnonzero(scores > lowest)
+    better = better[np.lexsort((numbers[better] < turn, -scores[better]))]
+    equal = np.flatnonzero(scores == lowest)
+    first = int(np.searchsorted(numbers[equal], turn))
+    most = limit - len(better)
+    return np.concatenate(
+        (better, equal[first : first + most], equal[: max(most - len(equal) + first, 0)])
+    )
 
 
 def capacity(hosts: Hosts, need: Need) -> tuple[int, int]:

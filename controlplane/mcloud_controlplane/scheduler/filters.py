@@ -63,12 +63,16 @@ def excluded(hosts: Hosts, need: Need) -> Bools:
 
 def zone(hosts: Hosts, need: Need) -> Bools:
     """Pass hosts of the availability zone that was asked for, if one was."""
-    return hosts.zones == need.zone if need.zone else np.ones(len(hosts), np.bool_)
+    if not need.zone:
+        return np.ones(len(hosts), np.bool_)
+    return np.asarray(hosts.zones == hosts.words.find(need.zone))
 
 
 def arch(hosts: Hosts, need: Need) -> Bools:
     """Pass hosts whose processor runs the image."""
-    return hosts.archs == need.arch if need.arch else np.ones(len(hosts), np.bool_)
+    if not need.arch:
+        return np.ones(len(hosts), np.bool_)
+    return np.asarray(hosts.archs == hosts.words.find(need.arch))
 
 
 def _room(dimension: int) -> Callable[[Hosts, Need], Bools]:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Resources = tuple[float, float, float]  # (vCPUs, MiB, GiB)
 
 # The rows of `limit` and `claimed`.
 VCPU, MEMORY, DISK = 0, 1, 2
@@ -18,44 +20,87 @@ DIMENSIONS = ("vcpus", "MiB of memory", "GiB of disk")
 
 @dataclass(frozen=True)
 class HostRecord:
-    """What is known of one host. `limit` and `claimed` are (vCPUs, MiB, GiB)."""
+    """What is known of one host."""
 
     id: str
     name: str
     enabled: bool
     zone: str
     arch: str
-    limit: tuple[float, float, float]  # what may be claimed: total less reserved, times the ratio
-    claimed: tuple[float, float, float]
+    limit: Resources  # what may be claimed: total less reserved, times the ratio
+    claimed: Resources
     instance_count: int
     failure_count: int
     report_time: int  # µs since 1970
 
+    def has_room(self, resources: Resources) -> bool:
+        """Tell whether so much more may be claimed on it."""
+        return self.enabled and all(
+            used + more <= most
+            for used, more, most in zip(self.claimed, resources, self.limit, strict=True)
+        )
+
+    def claiming(self, resources: Resources) -> HostRecord:
+        """Return what is known of it once so much more is claimed."""
+        vcpus, memory, disk = (
+            used + more for used, more in zip(self.claimed, resources, strict=True)
+        )
+        return replace(self, claimed=(vcpus, memory, disk), instance_count=self.instance_count + 1)
+
+
+class Words:
+    """Numbers that stand for words, since arrays of numbers are compared at once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._words: list[str] = []
+
+    def add(self, word: str) -> int:
+        """Return the number of a word; it is given one if it has none."""
+        number = self._numbers.setdefault(word, len(self._words))
+        if number == len(self._words):
+            self._words.append(word)
+        return number
+
+    def find(self, word: str) -> int:
+        """Return the number of a word; -1: it has none."""
+        return self._numbers.get(word, -1)
+
+    def word(self, number: int) -> str:
+        """Return what a number stands for."""
+        return self._words[number]
+
 
 @dataclass
 class Hosts:
-    """All hosts, in no order. Arrays have one entry a host; `limit` and `claimed` three rows."""
+    """All hosts, in no order. Arrays have one entry a host; `limit` and `claimed` three rows.
+
+    `zones` and `archs` are numbers of `words`.
+    """
 
     ids: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    zones: npt.NDArray[np.object_] = field(default_factory=lambda: np.empty(0, object))
-    archs: npt.NDArray[np.object_] = field(default_factory=lambda: np.empty(0, object))
+    words: Words = field(default_factory=Words)
+    zones: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    archs: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     enabled: Bools = field(default_factory=lambda: np.empty(0, np.bool_))
     limit: Floats = field(default_factory=lambda: np.empty((3, 0)))
     claimed: Floats = field(default_factory=lambda: np.empty((3, 0)))
     instance_count: Floats = field(default_factory=lambda: np.empty(0))
     failure_count: Floats = field(default_factory=lambda: np.empty(0))
-    report_time: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    report_time: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     index: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Sequence[HostRecord]) -> Hosts:
         """Build the arrays."""
+        words = Words()
         return cls(
             ids=[record.id for record in records],
             names=[record.name for record in records],
-            zones=np.array([record.zone for record in records], dtype=object),
-            archs=np.array([record.arch for record in records], dtype=object),
+            words=words,
+            zones=np.array([words.add(record.zone) for record in records], dtype=np.int64),
+            archs=np.array([words.add(record.arch) for record in records], dtype=np.int64),
             enabled=np.array([record.enabled for record in records], dtype=np.bool_),
             limit=np.array([record.limit for record in records], dtype=float)
             .reshape(-1, 3)
@@ -74,6 +119,14 @@ class Hosts:
         """Return what may still be claimed: three rows."""
         return self.limit - self.claimed
 
+    def draft(self) -> Hosts:
+        """Return a copy for decisions that are not claimed yet: its `claimed` is its own."""
+        return replace(self, claimed=self.claimed.copy())
+
+    def claim(self, id_: str, resources: Resources) -> None:
+        """Count on what is about to be claimed on a host."""
+        self.claimed[:, self.index[id_]] += resources
+
     def update(self, records: Mapping[str, HostRecord | None]) -> Hosts:
         """Take over what changed; None: the host is gone. Returns the view to use from now on."""
         if any(record is None or id_ not in self.index for id_, record in records.items()):
@@ -85,8 +138,8 @@ class Hosts:
             assert record is not None
             number = self.index[id_]
             self.names[number] = record.name
-            self.zones[number] = record.zone
-            self.archs[number] = record.arch
+            self.zones[number] = self.words.add(record.zone)
+            self.archs[number] = self.words.add(record.arch)
             self.enabled[number] = record.enabled
             self.limit[:, number] = record.limit
             self.claimed[:, number] = record.claimed
@@ -114,8 +167,8 @@ class Hosts:
             id=self.ids[number],
             name=self.names[number],
             enabled=bool(self.enabled[number]),
-            zone=str(self.zones[number]),
-            arch=str(self.archs[number]),
+            zone=self.words.word(int(self.zones[number])),
+            arch=self.words.word(int(self.archs[number])),
             limit=(
                 float(self.limit[0, number]),
                 float(self.limit[1, number]),
@@ -134,9 +187,9 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Need:
-    """What is looked for. `resources` is (vCPUs, MiB, GiB)."""
+    """What is looked for."""
 
-    resources: tuple[float, float, float]
+    resources: Resources
     host_id: str = ""
     zone: str = ""
     arch: str = ""

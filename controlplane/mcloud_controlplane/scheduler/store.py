@@ -1,47 +1,85 @@
-"""The scheduler's part of the compute database: hosts, claims, explanations."""
+"""Hosts in the compute database: what a scheduler knows of them, and what they report."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import peewee
 
-from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
+from mcloud.scheduler.v1 import placement_service_pb2
 from mcloud_base import errors
-from mcloud_controlplane.compute.model import (
-    Claim,
-    Domain,
-    Host,
-    Instance,
-    Placement,
-    shared,
-)
-from mcloud_controlplane.core import convert, database, tables
+from mcloud_controlplane.compute.model import Claim, Host, locked, locked_or_skipped, shared
+from mcloud_controlplane.core import database, tables
 from mcloud_controlplane.core.database import Database
-from mcloud_controlplane.scheduler.hosts import HostRecord
+from mcloud_controlplane.core.statements import Kept
+from mcloud_controlplane.scheduler.hosts import HostRecord, Resources
 from mcloud_controlplane.settings import Settings
+
+# What a HostRecord is made of.
+_KNOWN = (
+    Host.id, Host.name, Host.disabled, Host.availability_zone, Host.cpu_arch,
+    Host.vcpu_count, Host.reserved_vcpu_count, Host.cpu_allocation_ratio,
+    Host.memory_mib, Host.reserved_memory_mib, Host.memory_allocation_ratio,
+    Host.disk_gib, Host.reserved_disk_gib, Host.disk_allocation_ratio,
+    Host.failure_count, Host.report_time,
+)  # fmt: skip
+_NAMES = [field.name for field in _KNOWN]
 
 
 def load_hosts(
     settings: Settings, found: Collection[str] | None
 ) -> Mapping[str, HostRecord | None]:
     """Return what is recorded of hosts: of all (None), or of these; None for one that is gone."""
-    living = Host.delete_time.is_null()
-    query = Host.select().where(living if found is None else living & Host.id.in_(list(found)))
+    hosts, sums = _hosts(), _sums()
+    if found is not None:
+        hosts = hosts.where(Host.id.in_(list(found)))
+        sums = sums.where(Claim.host_id.in_(list(found)))
+    return {**dict.fromkeys(found or ()), **_records(settings, hosts.tuples(), sums.tuples())}
+
+
+def lock_hosts(
+    opened: Database, settings: Settings, found: Collection[str], *, wait: bool
+) -> dict[str, HostRecord]:
+    """Lock hosts' rows, and return what is recorded of them; not those that are gone.
+
+    Args:
+        wait: for whoever has one locked; otherwise that one is left out, too.
+    """
+    lock = _LOCK if wait else _LOCK_OR_SKIP
+    rows = lock.run(opened.peewee, list(found))
+    sums = _SUMS.run(opened.peewee, list(found))  # not before the hosts are locked
+    return _records(settings, rows, sums)
+
+
+def _hosts() -> Any:
+    return Host.select(*_KNOWN).where(Host.delete_time.is_null())
+
+
+def _sums() -> Any:
     fn = peewee.fn
-    sums: Any = Claim.select(
+    return Claim.select(
         Claim.host_id,
         fn.SUM(Claim.vcpu_count),
         fn.SUM(Claim.memory_mib),
         fn.SUM(Claim.disk_gib),
         fn.COUNT(Claim.domain_id),
     ).group_by(Claim.host_id)
-    if found is not None:
-        sums = sums.where(Claim.host_id.in_(list(found)))
-    claimed = {host: (float(v), float(m), float(d), int(n)) for host, v, m, d, n in sums.tuples()}
-    records: dict[str, HostRecord | None] = dict.fromkeys(found or ())
-    for row in query:
+
+
+_LOCK = Kept(lambda ids: locked(_hosts().where(Host.id.in_(ids)).order_by(Host.id)))
+_LOCK_OR_SKIP = Kept(
+    lambda ids: locked_or_skipped(_hosts().where(Host.id.in_(ids)).order_by(Host.id))
+)
+_SUMS = Kept(lambda ids: _sums().where(Claim.host_id.in_(ids)))
+
+
+def _records(settings: Settings, rows: Iterable[Any], sums: Iterable[Any]) -> dict[str, HostRecord]:
+    claimed = {host: (float(v), float(m), float(d), int(n)) for host, v, m, d, n in sums}
+    records = {}
+    for values in rows:
+        row = SimpleNamespace(**dict(zip(_NAMES, values, strict=True)))
         vcpus, memory, disk, count = claimed.get(row.id, (0.0, 0.0, 0.0, 0))
         records[row.id] = HostRecord(
             id=row.id,
@@ -58,7 +96,7 @@ def load_hosts(
     return records
 
 
-def limits(settings: Settings, row: Any) -> tuple[float, float, float]:
+def limits(settings: Settings, row: Any) -> Resources:
     """Return what may be claimed on a host: (vCPUs, MiB, GiB)."""
     return (
         float(
@@ -108,149 +146,6 @@ def changed_hosts(after: int | None) -> tuple[int, set[str] | None]:
         .distinct()
     )
     return head, {row.resource_id for row in rows}
-
-
-def find_claim(domain_id: str) -> placement_pb2.Claim | None:
-    """Return a domain's claim."""
-    row = Claim.get_or_none(Claim.domain_id == domain_id)
-    return None if row is None else _claim(row)
-
-
-def claim(
-    store: Database,
-    settings: Settings,
-    request: placement_service_pb2.SelectDestinationsRequest,
-    host_id: str,
-    explanation: placement_pb2.PlacementExplanation,
-    *,
-    wait: bool = False,
-) -> placement_pb2.Claim | None:
-    """Hold room on a host and queue the domain there, in one transaction; None if it is taken.
-
-    The operation's row is compared with the lease number, the host's row is locked, then the
-    conditional INSERT repeats every constraint (a conditional INSERT alone overcommitted on
-    PostgreSQL: 33 of 20).
-
-    Args:
-        wait: for whoever has the host's row locked; otherwise that is None, too.
-
-    Raises:
-        errors.Conflict: STALE_LEASE.
-        errors.WrongState: ID_RETIRED, the domain was removed already.
-    """
-    check_lease(store, request.operation_id, request.lease_number)
-    earlier = Claim.get_or_none(Claim.domain_id == request.domain_id)
-    if earlier is not None:
-        return _claim(earlier)
-    if Domain.select().where(Domain.id == request.domain_id).exists():
-        raise errors.WrongState(
-            "ID_RETIRED", f"domain {request.domain_id} has been removed", id=request.domain_id
-        )
-    query = Host.select().where((Host.id == host_id) & Host.delete_time.is_null() & ~Host.disabled)
-    host = (store.locked(query) if wait else store.locked_or_skipped(query)).first()
-    if host is None:
-        return None
-    need, moment = request.resources, database.now()
-    vcpus, memory, disk = limits(settings, host)
-    if not _insert_if_room(request, host_id, (vcpus, memory, disk), moment):
-        return None
-    Domain.create(
-        id=request.domain_id,
-        instance_id=request.instance_id,
-        project_id=request.project_id,
-        host_id=host_id,
-        operation_id=request.operation_id,
-        generation=1,
-        create_time=moment,
-    )
-    Instance.update(
-        host_id=host_id,
-        domain_id=request.domain_id,
-        version=Instance.version + 1,
-        update_time=moment,
-    ).where(Instance.id == request.instance_id).execute()
-    explanation.chosen_host_id, explanation.chosen_host_name = host_id, host.name
-    record_placement(request, explanation)
-    tables.changed("host", host_id, "")
-    tables.changed("domain", request.domain_id, request.project_id, "ADDED")
-    tables.changed("instance", request.instance_id, request.project_id)
-    return placement_pb2.Claim(
-        domain_id=request.domain_id,
-        host_id=host_id,
-        host_name=host.name,
-        resources=need,
-        create_time=convert.timestamp(moment),
-    )
-
-
-def _insert_if_room(
-    request: placement_service_pb2.SelectDestinationsRequest,
-    host_id: str,
-    limit: tuple[float, float, float],
-    moment: int,
-) -> bool:
-    need = request.resources
-    fn = peewee.fn
-
-    def used(column: Any) -> Any:
-        # (A select itself takes + for UNION.)
-        return fn.COALESCE(Claim.select(fn.SUM(column)).where(Claim.host_id == host_id), 0)
-
-    def value(item: Any, kind: str) -> Any:
-        return peewee.Value(item).cast(kind)  # PostgreSQL cannot tell a parameter's type here
-
-    row = (
-        value(request.domain_id, "text"),
-        value(request.instance_id, "text"),
-        value(host_id, "text"),
-        value(need.vcpu_count, "integer"),
-        value(need.memory_mib, "bigint"),
-        value(need.disk_gib, "bigint"),
-        value(moment, "bigint"),
-    )
-    room = peewee.Select(None, row).where(
-        (used(Claim.vcpu_count) + need.vcpu_count <= limit[0])
-        & (used(Claim.memory_mib) + need.memory_mib <= limit[1])
-        & (used(Claim.disk_gib) + need.disk_gib <= limit[2])
-    )
-    columns = [
-        Claim.domain_id, Claim.instance_id, Claim.host_id, Claim.vcpu_count,
-        Claim.memory_mib, Claim.disk_gib, Claim.create_time,
-    ]  # fmt: skip
-    Claim.insert_from(room, columns).execute()
-    return bool(Claim.select().where(Claim.domain_id == request.domain_id).exists())
-
-
-def check_lease(store: Database, operation_id: str, lease_number: int) -> None:
-    """Refuse a runner that has been overtaken. Locks the operation's row.
-
-    Raises:
-        errors.Conflict: STALE_LEASE.
-    """
-    table = shared.operation
-    row = store.locked(table.select(table.lease_number).where(table.id == operation_id)).first()
-    if row is not None and row.lease_number != lease_number:
-        raise errors.Conflict(
-            "STALE_LEASE", f"another runner works on {operation_id}", id=operation_id
-        )
-
-
-def record_placement(
-    request: placement_service_pb2.SelectDestinationsRequest,
-    explanation: placement_pb2.PlacementExplanation,
-) -> None:
-    """Store the explanation of an attempt, successful or not."""
-    moment = database.now()
-    attempt = 1 + Placement.select().where(Placement.domain_id == request.domain_id).count()
-    explanation.domain_id, explanation.attempt = request.domain_id, attempt
-    explanation.time.CopyFrom(convert.timestamp(moment))
-    Placement.create(
-        domain_id=request.domain_id,
-        attempt=attempt,
-        instance_id=request.instance_id,
-        explanation=explanation.SerializeToString(),
-        time=moment,
-    )
 
 
 def take_report_stream(host_id: str, report: placement_service_pb2.ReportHostRequest) -> int:
@@ -337,16 +232,3 @@ def report_times() -> dict[str, int]:
     """Return when each host has reported last: µs since 1970."""
     query = Host.select(Host.id, Host.report_time).where(Host.delete_time.is_null())
     return {row.id: row.report_time for row in query}
-
-
-def _claim(row: Any) -> placement_pb2.Claim:
-    host = Host.get_or_none(Host.id == row.host_id)
-    return placement_pb2.Claim(
-        domain_id=row.domain_id,
-        host_id=row.host_id,
-        host_name=host.name if host else "",
-        resources=placement_pb2.Resources(
-            vcpu_count=row.vcpu_count, memory_mib=row.memory_mib, disk_gib=row.disk_gib
-        ),
-        create_time=convert.timestamp(row.create_time),
-    )

@@ -153,7 +153,7 @@ def test_candidates_pass_every_filter_and_the_counts_add_up(
     records: list[HostRecord], need: Need, turn: int
 ) -> None:
     hosts = Hosts.of(records)
-    found = choose.choose(hosts, need, turn=turn)
+    found = choose.choose(hosts, need, turn=turn, limit=32)
     passing = np.ones(len(hosts), np.bool_)
     for rule in FILTERS:
         passing &= rule.mask(hosts, need)
@@ -170,6 +170,23 @@ def test_candidates_pass_every_filter_and_the_counts_add_up(
     assert top == found.candidates[: len(top)]
     scores = [item.score for item in found.explanation.top_hosts]
     assert scores == sorted(scores, reverse=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_records, st.integers(0, 30), st.integers(1, 12))
+def test_the_best_are_those_that_sorting_all_would_find(
+    records: list[HostRecord], turn: int, limit: int
+) -> None:
+    need = replace(NEED, resources=(1.0, 1.0, 1.0))
+    everyone = choose.choose(Hosts.of(records), need, turn=turn, limit=12)
+    scores = {host.host_id: round(host.score, 9) for host in everyone.explanation.top_hosts}
+    some = choose.choose(Hosts.of(records), need, turn=turn, limit=limit).candidates
+    assert some == everyone.candidates[:limit]
+    places = {record.id: number for number, record in enumerate(records)}
+    known = [id_ for id_ in everyone.candidates if id_ in scores]
+    assert known == sorted(
+        known, key=lambda id_: (-scores[id_], (places[id_] - turn) % len(records))
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -232,7 +249,7 @@ def test_ten_thousand_hosts() -> None:
         for n in range(10_000)
     ]
     hosts = Hosts.of(records)
-    found = choose.choose(hosts, replace(NEED, zone="z3"), turn=7)
+    found = choose.choose(hosts, replace(NEED, zone="z3"), turn=7, limit=32)
     assert len(found.candidates) == 32
     assert all(int(id_[2:]) % 10 == 3 for id_ in found.candidates)
     assert found.explanation.considered_count == 10_000
