@@ -101,6 +101,6 @@ ALL = {
         ),
     ),
     "hosts": Benchmark(hosts, 3, 1, ("hosts_2000_cpu", "hosts_2000_memory")),
-    "image": Benchmark(image, 5, 2, ("image_upload", "image_download")),
+    "image": Benchmark(image, 5, 2, ("image_upload", "image_download", "image_stream_bare")),
     "boot": Benchmark(boot, 12, 3, ("boot_ratio",)),
 }

@@ -2,6 +2,7 @@
 
 Random bytes, so that nothing is compressed or sparse. The upload's yardstick is `cp` and SHA-256 of
 the same file, that of the download `cp`: the client writes what it gets to a file, too.
+`image_stream_bare` is what a bare gRPC server of messages as long reaches, beside the same `cp`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Samples:
 
     upload: list[float] = field(default_factory=list)
     download: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
     copied: list[float] = field(default_factory=list)
     digested: list[float] = field(default_factory=list)  # copied as well
 
@@ -39,6 +41,7 @@ def run(plan: Plan) -> list[Figure]:
     return [
         report.figure("image_upload", samples.upload, "MiB/s", yardstick=samples.digested),
         report.figure("image_download", samples.download, "MiB/s", yardstick=samples.copied),
+        report.figure("image_stream_bare", samples.bare, "MiB/s", yardstick=samples.copied),
     ]
 
 
@@ -62,7 +65,7 @@ async def _measure(plan: Plan, cloud: Cloud, mib: int) -> Samples:
     _write_random(source, mib)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    async with Client(cloud.plane) as client:
+    async with Client(cloud.plane) as client, yardsticks.bare_server(cloud.plane) as bare:
         for number in range(plan.repeats):
             image = await images.create(client, f"bench-{mib}-{number}")
             begin = time.perf_counter()
@@ -71,6 +74,9 @@ async def _measure(plan: Plan, cloud: Cloud, mib: int) -> Samples:
             samples.download.append(mib / await _download(client, image.metadata.id, target))
             assert target.stat().st_size == source.stat().st_size
             await _delete(client, image)
+            count = (mib << 20) // images.CHUNK_BYTES
+            took = await yardsticks.stream(bare, count, images.CHUNK_BYTES, target)
+            samples.bare.append(mib / took)
             for yardstick, found in (
                 (yardsticks.copy_and_digest, samples.digested),
                 (yardsticks.copy, samples.copied),

@@ -27,8 +27,8 @@ _TABLE = "CREATE TABLE bench (id BIGINT PRIMARY KEY, name TEXT, value TEXT)"
 
 
 @asynccontextmanager
-async def echo(plane: ControlPlane) -> AsyncIterator[grpc.aio.UnaryUnaryMultiCallable]:
-    """Run a server that returns what it gets, over the control plane's TLS; give the method."""
+async def bare_server(plane: ControlPlane) -> AsyncIterator[grpc.aio.Channel]:
+    """Run a bare server (echo.py) over the control plane's TLS; give a channel to it."""
     where = f"{ADDRESS}:{next(_ports)}"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.echo", where, plane.directory],
@@ -41,9 +41,16 @@ async def echo(plane: ControlPlane) -> AsyncIterator[grpc.aio.UnaryUnaryMultiCal
         async with rpc.channel(where, credentials) as channel:
             method = channel.unary_unary("/bench.Echo/Echo")
             await method(_MESSAGE, timeout=START_S, wait_for_ready=True)
-            yield method
+            yield channel
     finally:
         end(process)
+
+
+@asynccontextmanager
+async def echo(plane: ControlPlane) -> AsyncIterator[grpc.aio.UnaryUnaryMultiCallable]:
+    """Run a bare server; give the method that returns what it gets."""
+    async with bare_server(plane) as channel:
+        yield channel.unary_unary("/bench.Echo/Echo")
 
 
 async def echoes(plane: ControlPlane, callers: int, seconds: float) -> Load:
@@ -103,6 +110,16 @@ async def accepted(plane: ControlPlane, place: Path, count: int) -> list[float]:
 
         calls = await load.calls(one, 1, count)
     return [one + other for one, other in zip(calls.latencies, bare, strict=True)]
+
+
+async def stream(channel: grpc.aio.Channel, count: int, length: int, target: Path) -> float:
+    """Return how long it took to bring messages of a bare server into a file, in seconds."""
+    begin = time.perf_counter()
+    with target.open("wb") as file:
+        request = b"%d %d" % (count, length)
+        async for chunk in channel.unary_stream("/bench.Echo/Stream")(request, timeout=600):
+            file.write(chunk)
+    return time.perf_counter() - begin
 
 
 def copy(source: Path, target: Path) -> float:

@@ -98,7 +98,7 @@ class Uploads:
             )
         await self._advance(lease, partial, partial.size)
         virtual_size = await inspection.inspect(partial.path, lease.disk_format)
-        await self._contents.run(partial.commit, self._contents.path(lease.image_id))
+        await self._contents.commit(partial, lease.image_id)
         image = await self._database.write(
             upload_store.finish, lease, partial.size, virtual_size, sha256
         )

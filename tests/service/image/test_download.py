@@ -50,6 +50,26 @@ async def test_damaged_bytes_are_told(cloud: StorageCloud, project: Project, dam
     assert (type(refusal), refusal.reason) == (errors.DataLoss, "IMAGE_CORRUPT")
 
 
+async def test_bytes_that_change_between_two_downloads_are_told(
+    cloud: StorageCloud, project: Project
+) -> None:
+    image = await cloud.active_image(project.user, CONTENT)
+    id_ = image.metadata.id
+    path: Path = cloud.settings.state_dir / "images" / id_
+    written = path.stat()
+    for _ in range(2):
+        assert (await download(cloud.storage, project.user, id_))[1] == CONTENT
+    with path.open("r+b") as file:
+        file.write(bytes([CONTENT[0] ^ 1]))
+    os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))  # as if nobody had written
+    for _ in range(2):
+        refusal = await refused(download(cloud.storage, project.user, id_))
+        assert (type(refusal), refusal.reason) == (errors.DataLoss, "IMAGE_CORRUPT")
+    path.write_bytes(CONTENT)
+    for _ in range(2):
+        assert (await download(cloud.storage, project.user, id_))[1] == CONTENT
+
+
 async def test_a_host_gets_what_its_token_names_and_row_eleven_of_the_trace(
     cloud: StorageCloud, project: Project
 ) -> None:
