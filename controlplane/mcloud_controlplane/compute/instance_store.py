@@ -35,14 +35,14 @@ _LAST_DEVICE = ord("z")
 
 def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
     """Return instances' rows as messages, in two statements for any number of them."""
-    found = {row.host_id for row in rows if row.host_id}
-    hosts = {row.id: row.name for row in Host.select(Host.id, Host.name).where(Host.id.in_(found))}
+    found = list({row.host_id for row in rows if row.host_id})
+    hosts = dict(Host.select(Host.id, Host.name).where(Host.id.in_(found)).tuples())
     sessions = shared.host_session
     silent = {
-        row.host_id
-        for row in sessions.select(sessions.host_id).where(
-            sessions.host_id.in_(found) & ~shared.connected()
-        )
+        host_id
+        for (host_id,) in sessions.select(sessions.host_id)
+        .where(sessions.host_id.in_(found) & ~shared.connected())
+        .tuples()
     }
     return [_message(row, hosts.get(row.host_id, ""), row.host_id in silent) for row in rows]
 

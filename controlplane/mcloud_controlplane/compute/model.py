@@ -88,6 +88,13 @@ class Instance(Resource):
 Instance.add_index(
     Instance.project_id, Instance.name, unique=True, where=Instance.delete_time.is_null()
 )
+# The order of a project's pages.
+Instance.add_index(
+    Instance.project_id,
+    Instance.create_time,
+    Instance.id,
+    where=Instance.delete_time.is_null(),
+)
 
 
 class Domain(peewee.Model):

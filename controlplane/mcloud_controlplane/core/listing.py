@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import peewee
@@ -29,6 +30,7 @@ _COMPARISON = re.compile(
 )
 _BOOKMARK_S = 5.0
 _BATCH = 500
+_LENGTHY = frozenset((str, bytes, memoryview))
 _PAGE_BYTES = 1 << 20  # of rows; their messages are larger, and clients take 4 MiB
 
 
@@ -36,7 +38,7 @@ _PAGE_BYTES = 1 << 20  # of rows; their messages are larger, and clients take 4 
 class Page:
     """Rows of one page, and the token of the next; empty on the last."""
 
-    rows: list[Any]
+    rows: list[Any]  # with the model's fields, to be read only
     next_page_token: str
 
 
@@ -89,10 +91,11 @@ def page(
     scope = hashlib.sha256(f"{order}|{request.filter}|{everything}".encode()).hexdigest()[:16]
     if request.page_token:
         last_key, last_id = _read_token(request.page_token, scope, key)
+        # The first of the two is what an index can begin at.
         after = (
-            (key < last_key) | ((key == last_key) & (columns.id < last_id))
+            (key <= last_key) & ((key < last_key) | (columns.id < last_id))
             if descending
-            else ((key > last_key) | ((key == last_key) & (columns.id > last_id)))
+            else (key >= last_key) & ((key > last_key) | (columns.id > last_id))
         )
         query = query.where(after)
     query = (
@@ -100,7 +103,8 @@ def page(
         if descending
         else query.order_by(key, columns.id)
     )
-    rows = list(query.limit(size + 1))
+    # Plain objects: a model's fields note each value that they are given.
+    rows = list(query.limit(size + 1).objects(SimpleNamespace))
     token = ""
     fit = min(size, _fit(rows))
     if len(rows) > fit:
@@ -113,10 +117,11 @@ def _fit(rows: list[Any]) -> int:
     """Return how many of the rows go into one message; one always does."""
     size = 0
     for count, row in enumerate(rows):
-        for value in row.__data__.values():
-            if isinstance(value, dict):
+        for value in vars(row).values():
+            kind = type(value)
+            if kind is dict:
                 size += sum(len(key) + len(str(item)) for key, item in value.items())
-            elif isinstance(value, str | bytes | memoryview):
+            elif kind in _LENGTHY:
                 size += len(value)
         if count and size > _PAGE_BYTES:
             return count
