@@ -36,14 +36,13 @@ _LAST_DEVICE = ord("z")
 def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
     """Return instances' rows as messages, in two statements for any number of them."""
     found = list({row.host_id for row in rows if row.host_id})
-    hosts = dict(Host.select(Host.id, Host.name).where(Host.id.in_(found)).tuples())
+    named: Any = Host.select(Host.id, Host.name).where(Host.id.in_(found))
+    hosts: dict[str, str] = dict(named.tuples())
     sessions = shared.host_session
-    silent = {
-        host_id
-        for (host_id,) in sessions.select(sessions.host_id)
-        .where(sessions.host_id.in_(found) & ~shared.connected())
-        .tuples()
-    }
+    unheard: Any = sessions.select(sessions.host_id).where(
+        sessions.host_id.in_(found) & ~shared.connected()
+    )
+    silent = {host_id for (host_id,) in unheard.tuples()}
     return [_message(row, hosts.get(row.host_id, ""), row.host_id in silent) for row in rows]
 
 
