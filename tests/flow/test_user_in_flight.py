@@ -6,6 +6,7 @@ user's own is not needed after the request.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -145,5 +146,27 @@ async def test_a_creation_goes_on_without_its_user(world: World, fate: str) -> N
         assert ended.caller_id == user.id
     else:
         assert ended.caller_id.startswith("cred-")
+    await world.prepare("create_instance")
+    await world.require_clean()
+
+
+async def test_a_creation_goes_on_after_the_deadline_of_its_call(world: World) -> None:
+    await world.prepare("create_instance")
+    user = User(world)
+    await user.join()
+    deadline_s = 5.0  # longer than a request takes
+    stub, request = world.method("compute.InstanceService/CreateInstance", **world.new_instance())
+    end = time.monotonic() + deadline_s
+
+    async def pass_by(operation_id: str) -> None:
+        await asyncio.sleep(max(end - time.monotonic(), 0))  # until then, and no fixed time
+
+    world.saboteur.plan = {("create_instance", 0, "do", "before"): pass_by}
+    operation = await rpc.call(stub, request, metadata=user.metadata, timeout_s=deadline_s)
+    world.subjects["instance"] = operation.resource.id
+    ended = await world.ended(operation)
+
+    assert ended.state == Operation.STATE_SUCCEEDED, ended
+    assert {step.attempt for step in ended.steps} == {1}
     await world.prepare("create_instance")
     await world.require_clean()

@@ -30,6 +30,10 @@ from mcloud_base import errors, ids
 
 log = structlog.get_logger()
 
+# What a control plane answers, or does not, while its processes are replaced: soon over, and then
+# there are people who wait.
+_PASSING = (errors.Unavailable, errors.DeadlineExceeded, errors.Conflict, errors.Exhausted)
+_PASSING_PAUSE_S = 5.0
 _LIVE_S = 0.2  # how old what people see of a running step may be
 
 
@@ -243,6 +247,7 @@ class ComputeAgent:
             await asyncio.wait({former})
         pause, deaths = 0.5, 0
         while True:
+            longest = self._settings.longest_pause_s
             try:
                 async with self._slots:
                     managed.busy = True
@@ -254,6 +259,8 @@ class ComputeAgent:
                 log.warning("domain not reached", domain=managed.record.domain_id,
                             attempt=managed.record.attempt, error=str(error))  # fmt: skip
                 deaths += error.reason == "QEMU_DIED"
+                if isinstance(error, _PASSING) and not deaths:
+                    longest = min(longest, _PASSING_PAUSE_S)
                 managed.error = errors.to_status(self._verdict(error, deaths))
             except Exception as error:
                 managed.error = errors.to_status(_unexpected(error, managed.record.domain_id))
@@ -263,7 +270,7 @@ class ComputeAgent:
             self._tell(managed)
             self._look.set()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
-            pause = min(pause * 2, self._settings.longest_pause_s)
+            pause = min(pause * 2, longest)
 
     def _verdict(self, error: errors.Error, deaths: int) -> errors.Error:
         """Return what the control plane is told: a process that always dies will not run."""

@@ -34,7 +34,10 @@ class DeleteInstance:
             job.skip("no operation was in the way")
             return
         await self._database.until(
-            lambda: _has_ended(other), timeout_s=left(job, REMOVE_S * 2, share=0.5)
+            lambda: _has_ended(other),
+            timeout_s=left(job, REMOVE_S * 2, share=0.5),
+            types=("end",),
+            id_=other,
         )
 
     async def remove_domain(self, job: Job) -> None:

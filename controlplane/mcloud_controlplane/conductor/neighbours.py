@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from mcloud.identity.v1 import invariant_service_pb2_grpc as identity_grpc
 from mcloud.image.v1 import image_pb2, image_service_pb2, image_service_pb2_grpc
@@ -23,13 +23,20 @@ from mcloud_base import errors, rpc
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.core.workflow import Job
 
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
 _TIMEOUT_S = 15
+# Calls about ports and images: those of many operations wait here, where no time runs out, and not
+# for the same rows of a database. (What waits for a host takes its time, and is not counted.)
+_AT_ONCE = 16
 
 
 class Neighbours:
     """Stubs of network, volume, image and scheduler; calls are idempotent and have deadlines."""
 
     def __init__(self, runtime: Runtime) -> None:
+        self._room = asyncio.Semaphore(_AT_ONCE)
         self.images = image_service_pb2_grpc.ImageServiceStub(runtime.channel("image"))
         self.ports = port_service_pb2_grpc.PortServiceStub(runtime.channel("network"))
         self.attachments = attachment_service_pb2_grpc.AttachmentServiceStub(
@@ -49,6 +56,12 @@ class Neighbours:
             "volume": self.volume_invariants,
         }
 
+    async def _call(
+        self, method: rpc.UnaryCall[RequestT, ResponseT], request: RequestT
+    ) -> ResponseT:
+        async with self._room:
+            return await rpc.call(method, request, timeout_s=_TIMEOUT_S)
+
     async def ensure_port(
         self, job: Job, nic: Mapping[str, Any], spec: port_pb2.PortSpec, hostname: str
     ) -> port_pb2.Port:
@@ -63,7 +76,7 @@ class Neighbours:
             lease_number=job.lease_number,
             operation_id=job.operation_id,
         )
-        return await rpc.call(self.ports.EnsurePort, request, timeout_s=_TIMEOUT_S)
+        return await self._call(self.ports.EnsurePort, request)
 
     async def release_ports(self, job: Job, nics: Iterable[Mapping[str, Any]]) -> None:
         """Give ports back; retires their ids."""
@@ -71,7 +84,7 @@ class Neighbours:
             request = port_service_pb2.ReleasePortRequest(
                 port_id=nic["port_id"], instance_id=job.resource_id, lease_number=job.lease_number
             )
-            await rpc.call(self.ports.ReleasePort, request, timeout_s=_TIMEOUT_S)
+            await self._call(self.ports.ReleasePort, request)
 
     async def unbind(
         self,
@@ -85,7 +98,7 @@ class Neighbours:
             unbind = port_service_pb2.UnbindPortRequest(
                 port_id=nic["port_id"], domain_id=domain_id, lease_number=job.lease_number
             )
-            await _unless_gone(rpc.call(self.ports.UnbindPort, unbind, timeout_s=_TIMEOUT_S))
+            await _unless_gone(self._call(self.ports.UnbindPort, unbind))
         for volume in volumes:
             await self.disconnect(job, domain_id, volume["attachment_id"])
 
@@ -135,19 +148,19 @@ class Neighbours:
             project_id=job.project_id,
             lease_number=job.lease_number,
         )
-        recorded = await rpc.call(self.images.EnsureImageUse, use, timeout_s=_TIMEOUT_S)
+        recorded = await self._call(self.images.EnsureImageUse, use)
         if recorded.HasField("image"):
             return recorded.image
         # The image service is of an earlier release.
         get = image_service_pb2.GetImageRequest(id=image_id)
-        return await rpc.call(self.images.GetImage, get, timeout_s=_TIMEOUT_S)
+        return await self._call(self.images.GetImage, get)
 
     async def release_image_use(self, job: Job, image_id: str) -> None:
         """Forget the use of an image."""
         request = image_service_pb2.ReleaseImageUseRequest(
             image_id=image_id, instance_id=job.resource_id, lease_number=job.lease_number
         )
-        await rpc.call(self.images.ReleaseImageUse, request, timeout_s=_TIMEOUT_S)
+        await self._call(self.images.ReleaseImageUse, request)
 
     async def select_destination(
         self, request: placement_service_pb2.SelectDestinationsRequest

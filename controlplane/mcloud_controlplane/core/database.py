@@ -40,7 +40,8 @@ _PAYLOAD_BYTES = 7000  # of one notice; PostgreSQL takes 8,000
 _RETRIES = 5
 _LOCK_S = 5.0  # for which SQLite waits for a file that another program has locked
 _FULL_BYTES = 1 << 20
-_POLL_S = 2.0  # the net under the wake-ups
+_POLL_S = 2.0  # the net under the wake-ups, at first
+_LONGEST_POLL_S = 16.0
 _TICK_NS = 50_000_000  # of the clock of files; it is at most 10 ms
 _CLOCK_S = 10.0  # how often the server is asked for the time
 
@@ -340,6 +341,7 @@ class Database:
         Raises:
             TimeoutError: it did not in time.
         """
+        pause = _POLL_S
         with self.listening(*types, id_=id_) as event:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -348,10 +350,11 @@ class Database:
                     if found is not None:
                         return found
                     try:
-                        async with asyncio.timeout(_POLL_S):
+                        async with asyncio.timeout(pause):
                             await event.wait()
                     except TimeoutError:
-                        continue
+                        # What takes long is looked at less and less: there may be many of its kind.
+                        pause = min(pause * 2, _LONGEST_POLL_S)
 
     def _wake(self, changes: Collection[tuple[str, str]] = ()) -> None:
         """Wake who listens for these changes, (type, id); none: everybody."""
@@ -398,6 +401,7 @@ class Database:
     def _follow_postgresql(self) -> None:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"LISTEN {_CHANNEL}")
+            self._wake()  # for what was not heard while there was no connection
             looked = -math.inf
             while not self._closed.is_set():
                 if time.monotonic() - looked > _CLOCK_S:

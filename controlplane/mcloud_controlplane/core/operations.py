@@ -127,7 +127,7 @@ class OperationServicer:
                 auth.caller(),
                 request.id,
                 timeout_s=min(max(timeout, 0), 600),
-                types=("work",),
+                types=("end",),
                 id_=request.id,
             )
         except TimeoutError:

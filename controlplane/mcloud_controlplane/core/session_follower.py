@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 _POLL_S = 5.0  # the net under the wake-ups
 _PAUSE_S = 0.02  # at least, between two looks: what comes in a burst is looked at once
+_REST = 4.0  # the same, as a share of the time that the last one took
 _LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for
 _NUMBERS_S = 5.0  # between two looks for newer streams of other processes
 
@@ -116,7 +117,9 @@ class Follower:
                     looked_at_all = looked_at_all if urgent else now
                     if self._wake(pending, numbers) or urgent:
                         pause = _LEISURE_S
-                await asyncio.sleep(_PAUSE_S)
+                # Of many processes each looks: of a database that is busy, less often.
+                took = time.monotonic() - now
+                await asyncio.sleep(min(max(_PAUSE_S, _REST * took), _LEISURE_S))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await event.wait()

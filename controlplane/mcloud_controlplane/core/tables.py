@@ -296,12 +296,16 @@ def changed(type_: str, resource_id: str, project_id: str, change: str = "MODIFI
 
 
 def wake_runners(operation_id: str, project_id: str) -> None:
-    """Log that an operation begins, is to end early or has ended.
+    """Log that an operation waits for a runner, or is to end early.
 
-    Who runs operations, or waits for the end of one, hears of nothing else: of each of its steps
-    there are several changes.
+    Who runs operations hears of nothing else: of each of their steps there are several changes.
     """
     changed("work", operation_id, project_id)
+
+
+def tell_end(operation_id: str, project_id: str) -> None:
+    """Log that an operation has ended, for who waits for just that."""
+    changed("end", operation_id, project_id)
 
 
 def new_epoch() -> str:

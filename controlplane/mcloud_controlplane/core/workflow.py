@@ -11,6 +11,7 @@ only half did; so both ensure a state and are keyed by ids that stood in the job
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -157,10 +158,11 @@ class Runner:
         self._cancelled: dict[str, asyncio.Event] = {}
         self._event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None  # while it runs
+        self._context = contextvars.Context()  # of the runner, not of whoever asks for work
 
     async def run(self) -> None:
         """Take and run operations until cancelled; then leave them to others."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._context = asyncio.get_running_loop(), contextvars.copy_context()
         self._database.offer = self._offered
         renewing = asyncio.create_task(self._renew())
         try:
@@ -236,7 +238,8 @@ class Runner:
         Args:
             begun: its first step is in the trace.
         """
-        task = asyncio.create_task(self._hold(row, begun))
+        # The deadline of the call that asked for it is not that of the operation.
+        task = asyncio.create_task(self._hold(row, begun), context=self._context.copy())
         self._held[row.id] = task
         task.add_done_callback(partial(self._left, row.id))
 
@@ -487,7 +490,7 @@ class Runner:
             raise _LeaseLostError
         tables.changed("operation", job.operation_id, job.project_id)
         if values.get("end_time"):
-            tables.wake_runners(job.operation_id, job.project_id)
+            tables.tell_end(job.operation_id, job.project_id)
 
     def _row(self, step: Step, state: str, start: int, end: int | None, detail: str = "") -> Row:
         return {
