@@ -102,11 +102,12 @@ class World:
         self.until_still()
 
     def until_still(self) -> None:
-        """Note what is there without an instance, once it does not change any more."""
+        """Note what is there without an instance, once nothing of one is left to take away."""
 
         def look() -> bool:
             earlier, self.baseline = self.baseline, inventory.take(self.cloud)
-            return earlier == self.baseline
+            of_a_guest = any("crash-" in line or " tap" in line for line in self.baseline)
+            return earlier == self.baseline and not of_a_guest
 
         self.cloud.until(look)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -54,9 +56,8 @@ async def claim_without_domain(world: World) -> set[Key]:
 
 async def claim_differs(world: World) -> set[Key]:
     mine = Claim.domain_id == world.domain_id
-    await world.update("compute", Claim, mine, memory_mib=1)
-    # Nobody has told the scheduler.
-    return {("CLAIM_DIFFERS", world.domain_id), ("HOST_VIEW_DIFFERS", world.host.id)}
+    unseen = await _unseen(world, lambda n: world.update("compute", Claim, mine, memory_mib=n))
+    return {("CLAIM_DIFFERS", world.domain_id), unseen}
 
 
 async def domain_without_claim(world: World) -> set[Key]:
@@ -65,8 +66,27 @@ async def domain_without_claim(world: World) -> set[Key]:
 
 
 async def host_view_differs(world: World) -> set[Key]:
-    await world.update("compute", HostRow, HostRow.id == world.host.id, availability_zone="moon")
-    return {("HOST_VIEW_DIFFERS", world.host.id)}
+    mine = HostRow.id == world.host.id
+    zone = f"zone-{world.host.id}"
+    return {
+        await _unseen(
+            world, lambda n: world.update("compute", HostRow, mine, availability_zone=f"{zone}-{n}")
+        )
+    }
+
+
+async def _unseen(world: World, change: Callable[[int], Awaitable[None]]) -> Key:
+    """Change what the scheduler knows of the host, as no program does: without telling it.
+
+    While it follows what was changed before, it sees that, too: until it does not.
+    """
+    fault = ("HOST_VIEW_DIFFERS", world.host.id)
+    async with asyncio.timeout(20):
+        for number in itertools.count(1):
+            await change(number)
+            if fault in keys(await world.verify()):
+                break
+    return fault
 
 
 async def domain_without_instance(world: World) -> set[Key]:

@@ -22,6 +22,11 @@ def router(host: DataplaneHost) -> dataplane_pb2.RouterBinding | None:
     return host.document.routers[0] if host.document.routers else None
 
 
+def remote_ports(host: DataplaneHost, network_id: str) -> list[dataplane_pb2.RemotePort]:
+    segment = host.segment(network_id)
+    return list(segment.remote_ports) if segment else []
+
+
 async def test_a_guest_is_reached_under_a_floating_address(cloud: Cloud) -> None:
     admin, ann = await cloud.admin(), await cloud.member("ann")
     external = await outside(admin)
@@ -68,7 +73,7 @@ async def test_a_guest_is_reached_under_a_floating_address(cloud: Cloud) -> None
         assert inside is not None
         assert [p.mac for p in inside.remote_ports] == [port.status.mac]
         await guests.until(
-            lambda: [p.mac for p in guests.segment(network.metadata.id).remote_ports] == [leg.mac]
+            lambda: [p.mac for p in remote_ports(guests, network.metadata.id)] == [leg.mac]
         )
 
         for reason, attempt in (
