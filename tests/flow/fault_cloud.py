@@ -246,11 +246,12 @@ class FaultCloud:
         )
         return not await self.database("compute").read(self._rows, "compute", query)
 
-    async def deadlocks(self) -> int:
-        """Return how many PostgreSQL has had to resolve, in all of its databases."""
-        query = "SELECT SUM(deadlocks) FROM pg_stat_database"
+    async def deadlocks(self) -> list[str]:
+        """Return what PostgreSQL says of those that it has had to resolve, in any database."""
+        query = "SELECT pg_read_file('../log')"
         rows = await self.database("compute").read(self._rows, "compute", query)
-        return int(rows[0][0])
+        _, *found = str(rows[0][0]).split("deadlock detected")
+        return ["\n".join(each.splitlines()[:12]) for each in found]
 
     async def require_verified(self) -> None:
         """VerifyService finds nothing wrong, and the host was asked."""

@@ -47,9 +47,10 @@ class DomainSource(sessions.Source):
         """Return every domain that is, or is to be removed, there."""
         return _desired(Domain.host_id == host_id).get(host_id, [])
 
-    def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
-        """Record what a host sees of a domain, unless something newer is recorded."""
-        apply_domain_status(host_id, incarnation, report)
+    def observed(self, reports: Sequence[sessions.HostReport]) -> None:
+        """Record what hosts see of domains."""
+        for report in reports:
+            apply_domain_status(*report)
 
 
 def _is_asked() -> Any:

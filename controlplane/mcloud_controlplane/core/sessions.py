@@ -36,6 +36,14 @@ _REST = 2.0  # between looks that nobody waits for: a third of the time is their
 Outbox = asyncio.Queue[session_pb2.SessionResponse | None]
 
 
+class HostReport(NamedTuple):
+    """What a host has told of one thing."""
+
+    host_id: str
+    incarnation: int
+    observed: session_pb2.Observed
+
+
 class Source(Protocol):
     """What a package desires of hosts, and what it does with what they see. All within units."""
 
@@ -55,8 +63,12 @@ class Source(Protocol):
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that is to be on the host; sent when a session begins."""
 
-    def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
-        """Record what the host sees, unless something newer is recorded."""
+    def observed(self, reports: Sequence[HostReport]) -> None:
+        """Record what hosts see, unless something newer is recorded.
+
+        Args:
+            reports: by host, and of each in the order in which it told.
+        """
 
 
 class _Report(NamedTuple):
@@ -254,8 +266,12 @@ class Sessions:
 
     def _observe(self, reports: list[tuple[_Report, session_pb2.Observed]]) -> None:
         # By host, as all units lock their rows in one order.
-        for key, report in sorted(reports, key=lambda pair: pair[0]):
-            self._source.observed(key.host_id, key.incarnation, report)
+        self._source.observed(
+            [
+                HostReport(key.host_id, key.incarnation, report)
+                for key, report in sorted(reports, key=lambda pair: pair[0])
+            ]
+        )
 
     def _take(self, host: str, hello: session_pb2.Hello, subject: str) -> tuple[int, str]:
         table = self._tables.host_session
@@ -284,7 +300,8 @@ class Sessions:
         table = self._tables.host_session
         hosts = [host for host, _ in sessions]
         rows = table.select(table.host_id, table.number).where(table.host_id.in_(hosts))
-        newest = {(row.host_id, row.number) for row in self._database.locked(rows)}
+        in_order = rows.order_by(table.host_id)
+        newest = {(row.host_id, row.number) for row in self._database.locked(in_order)}
         kept = newest & set(sessions)
         table.update(lease_expire_time=_expiry()).where(
             table.host_id.in_([host for host, _ in kept])

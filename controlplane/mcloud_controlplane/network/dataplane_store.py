@@ -54,6 +54,12 @@ def hosts_of_networks(network_ids: Sequence[str]) -> set[str]:
     return {row.host_id for row in query.distinct()}
 
 
+def _networks_of(host_id: str) -> set[str]:
+    """Return the networks on which a host has ports."""
+    query = Port.select(Port.network_id).where(Port.host_id == host_id)
+    return {row.network_id for row in query.distinct()}
+
+
 def hosts_of_groups(group_ids: Sequence[str]) -> set[str]:
     """Return the hosts that have ports in these security groups."""
     query = Port.select(Port.host_id).join(PortGroup, on=(PortGroup.port_id == Port.id))
@@ -107,6 +113,11 @@ def lock_networks(network_ids: Sequence[str]) -> None:
     list(locked(query.order_by(Network.id)))
 
 
+def _lock_dataplanes(host_ids: Iterable[str]) -> dict[str, HostDataplane]:
+    query = HostDataplane.select().where(HostDataplane.host_id.in_(sorted(host_ids)))
+    return {row.host_id: row for row in locked(query.order_by(HostDataplane.host_id))}
+
+
 class Source:
     """What the network service desires of hosts (core/sessions.py): one dataplane of each."""
 
@@ -137,23 +148,36 @@ class Source:
         """Return the dataplane."""
         return _documents(HostDataplane.host_id == host_id).get(host_id, [])
 
-    def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
-        """Record how far the host is; its ports that are in place become ACTIVE."""
-        if report.id != host_id:
-            return
-        row = locked(HostDataplane.select().where(HostDataplane.host_id == host_id)).get()
-        if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
-            return
-        # A number of another epoch says nothing about this one's.
-        reached = report.generation if report.epoch == shared.epoch() else 0
-        error = report.error.SerializeToString() if report.HasField("error") else None
-        HostDataplane.update(
-            observed_generation=reached,
-            incarnation=incarnation,
-            sequence=report.sequence,
-            error=error,
-        ).where(HostDataplane.host_id == host_id).execute()
-        _activate(host_id, reached)
+    def observed(self, reports: Sequence[sessions.HostReport]) -> None:
+        """Record how far hosts are; their ports that are in place become ACTIVE.
+
+        Ports are locked before dataplanes, as whoever binds a port does.
+        """
+        told = [report for report in reports if report.observed.id == report.host_id]
+        hosts = [report.host_id for report in told]
+        in_the_making = Port.host_id.in_(hosts) & (Port.state == "BUILD")
+        ports = list(locked(Port.select().where(in_the_making).order_by(Port.id)))
+        dataplanes = _lock_dataplanes(hosts)
+        for report in told:
+            if _record(dataplanes[report.host_id], report.incarnation, report.observed):
+                _activate(dataplanes[report.host_id], ports)
+
+
+def _record(row: HostDataplane, incarnation: int, report: session_pb2.Observed) -> bool:
+    """Record a report; False: what is known is as new."""
+    if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
+        return False
+    # A number of another epoch says nothing about this one's.
+    row.observed_generation = report.generation if report.epoch == shared.epoch() else 0
+    row.incarnation, row.sequence = incarnation, report.sequence
+    row.error = report.error.SerializeToString() if report.HasField("error") else None
+    HostDataplane.update(
+        observed_generation=row.observed_generation,
+        incarnation=row.incarnation,
+        sequence=row.sequence,
+        error=row.error,
+    ).where(HostDataplane.host_id == row.host_id).execute()
+    return True
 
 
 def _documents(condition: Any) -> dict[str, list[session_pb2.Desired]]:
@@ -172,30 +196,44 @@ def _documents(condition: Any) -> dict[str, list[session_pb2.Desired]]:
     }
 
 
-def _activate(host_id: str, reached: int) -> None:
-    waiting = (
-        (Port.host_id == host_id) & (Port.state == "BUILD") & (Port.bound_generation <= reached)
-    )
-    ports = list(locked(Port.select(Port.id, Port.project_id).where(waiting).order_by(Port.id)))
-    if not ports:
+def _activate(row: HostDataplane, ports: Sequence[Port]) -> None:
+    """Those of these ports, which are locked, that are in place on the host become ACTIVE."""
+    found = [
+        port
+        for port in ports
+        if (port.host_id, port.state) == (row.host_id, "BUILD")
+        and port.bound_generation <= row.observed_generation
+    ]
+    if not found:
         return
     Port.update(state="ACTIVE", version=Port.version + 1).where(
-        Port.id.in_([port.id for port in ports])
+        Port.id.in_([port.id for port in found])
     ).execute()
-    for port in ports:
+    for port in found:
+        port.state = "ACTIVE"
         tables.changed("port", port.id, port.project_id)
 
 
 def join(host_id: str, hello: session_pb2.Hello) -> None:
-    """Note a host whose session begins; others learn where its ports are now."""
-    HostDataplane.insert(host_id=host_id).on_conflict_ignore().execute()
-    row = locked(HostDataplane.select().where(HostDataplane.host_id == host_id)).get()
-    moved = row.underlay_ip != hello.underlay_ip
+    """Note a host whose session begins; others learn where its ports are now.
+
+    Within the unit that takes the session, so one at a time for a host. Locks as a binding does.
+    """
+    row = HostDataplane.get_or_none(HostDataplane.host_id == host_id)
+    if row is None:
+        HostDataplane.insert(host_id=host_id).on_conflict_ignore().execute()
+    if row is None or row.underlay_ip != hello.underlay_ip:
+        told: set[str] = set()
+        while True:
+            networks = sorted(_networks_of(host_id) - told)
+            if told and not networks:
+                break
+            lock_networks(networks)
+            hosts = hosts_of_networks(networks)
+            # Until this, ports could be bound there.
+            _lock_dataplanes({host_id, *hosts})
+            bump(hosts)
+            told.update(networks, [""])
     HostDataplane.update(
         underlay_ip=hello.underlay_ip, gateway="gateway" in hello.capabilities
     ).where(HostDataplane.host_id == host_id).execute()
-    if moved:
-        ports = Port.select(Port.network_id).where(Port.host_id == host_id).distinct()
-        networks = [port.network_id for port in ports]
-        lock_networks(networks)
-        bump(hosts_of_networks(networks))

@@ -154,8 +154,12 @@ class VolumeSource:
         """Return everything that is to be on the host, and its tombstones."""
         return _desired([host_id], Volume.desired_generation > 0).get(host_id, [])
 
-    def observed(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
-        """Record what the host has of a volume."""
+    def observed(self, reports: Sequence[sessions.HostReport]) -> None:
+        """Record what hosts have of volumes."""
+        for report in reports:
+            self._observe(*report)
+
+    def _observe(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
         row = locked(
             Volume.select().where((Volume.id == report.id) & (Volume.host_id == host_id))
         ).first()
