@@ -176,7 +176,8 @@ class Teller:
         await self._next("acknowledgement")
 
     async def renew(self) -> None:
-        with suppress(asyncio.InvalidStateError):  # it has ended; reading tells how
+        # If it has ended, or does just now, reading tells how.
+        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._stream.write(session_pb2.SessionRequest(renewal=session_pb2.Renewal()))
 
     async def _next(self, kind: str) -> session_pb2.SessionResponse:
