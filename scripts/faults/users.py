@@ -181,7 +181,12 @@ class User:
 
         A guest whose QEMU was killed is off: its user starts it again.
         """
-        instance = await self._get(wanted)
+        try:
+            instance = await self._get(wanted)
+        except errors.NotFound as error:
+            self._tally.wrong.append(f"nobody has seen {wanted.id} deleted: {error}")
+            self.instances.remove(wanted)
+            return
         if wanted.running and instance.status.state == State.STATE_SHUTOFF:
             request = instance_service_pb2.StartInstanceRequest(id=wanted.id)
             await self._ask("start", self._instances.StartInstance, request)

@@ -259,6 +259,23 @@ def _authorize(caller: auth.Caller, rule: Rule) -> None:
         raise errors.PermissionDenied("ROLE_REQUIRED", f"this call needs the role {needed}")
 
 
+def for_caller(error: errors.Error) -> errors.Error:
+    """Return the error as the caller is to see it.
+
+    A deadline that passed while the caller's has not was that of a call which this one made: to
+    the caller it says no more than that it may try again.
+    """
+    end = database.deadline.get()
+    ours = end is None or end > time.monotonic()
+    if error.reason != "DEADLINE_EXCEEDED" or not ours:
+        return error
+    return errors.Unavailable(
+        "SERVICE_SILENT",
+        "a service that this call needs does not answer; try again in a moment",
+        details=(errors.retry_after(1),),
+    )
+
+
 async def _refuse(context: auth.Context, error: Exception, path: str) -> NoReturn:
     """End the call with the error's status."""
     if isinstance(error, asyncio.CancelledError | grpc.aio.AbortError):
@@ -271,7 +288,8 @@ async def _refuse(context: auth.Context, error: Exception, path: str) -> NoRetur
             f"internal error; tell the operator request {request_id}",
             request=request_id,
         )
-    elif isinstance(error, errors.Unavailable | errors.Internal | errors.DataLoss):
+    error = for_caller(error)
+    if isinstance(error, errors.Unavailable | errors.Internal | errors.DataLoss):
         log.warning("rpc refused", method=path, reason=error.reason)
     status = errors.to_status(error)
     while status.ByteSize() > _STATUS_BYTES and len(status.details) > 1:

@@ -91,7 +91,8 @@ class TokenChecker:
 
         Raises:
             errors.Unauthenticated: TOKEN_INVALID, TOKEN_EXPIRED, TOKEN_REVOKED.
-            errors.Unavailable: IDENTITY_UNAVAILABLE, for a call that changes something.
+            errors.Unavailable: IDENTITY_UNAVAILABLE, for a call that changes something, or while no
+                keys are known yet.
         """
         claims = self._cache.get(token)
         if claims is None:
@@ -141,6 +142,12 @@ class TokenChecker:
         self._unknown += 1
         try:
             await self._read_keys(pause_s=_KEYS_PAUSE_S)
+        except (errors.Unavailable, errors.DeadlineExceeded) as error:
+            raise errors.Unavailable(
+                "IDENTITY_UNAVAILABLE",
+                "identity cannot be reached, so no token can be checked now; try again soon",
+                details=(errors.retry_after(1),),
+            ) from error
         finally:
             self._unknown -= 1
 

@@ -11,10 +11,11 @@ import grpc
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.rpc import status_pb2
 
 from mcloud.identity.v1 import token_pb2, token_service_pb2, token_service_pb2_grpc
 from mcloud_base import errors, rpc
-from mcloud_controlplane.core import tokens
+from mcloud_controlplane.core import database, gate, tokens
 
 Response = token_service_pb2.WatchRevocationsResponse
 
@@ -29,9 +30,12 @@ class Identity(token_service_pb2_grpc.TokenServiceServicer):
         self.keys_read = 0
         self.checks = 0
         self.reachable = True
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def ListSigningKeys(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.keys_read += 1
+        await self.answers.wait()
         return token_service_pb2.ListSigningKeysResponse(
             keys=[
                 token_pb2.SigningKey(id=id_, public_key=key.public_key().public_bytes_raw())
@@ -202,3 +206,32 @@ async def test_other_algorithms_are_refused(identity: Any) -> None:
     shared = jwt.encode(body, b"k" * 32, algorithm="HS256", headers={"kid": "k1"})
     for token in (unsigned, shared, "", "a.b", "a.b.c", "…"):
         assert await refusal(checker, token) == "TOKEN_INVALID"
+
+
+async def test_while_identity_is_silent_callers_are_told_to_come_back(identity: Any) -> None:
+    """Its call's deadline is not theirs, which has not passed."""
+    servicer, checker = identity
+    await becomes(checker, servicer.token(), "")
+    servicer.answers.clear()
+    servicer.keys["k2"] = Ed25519PrivateKey.generate()
+    with pytest.raises(errors.Unavailable) as caught:
+        await checker.check(servicer.token("k2"), mutates=False)
+    assert caught.value.reason == "IDENTITY_UNAVAILABLE"
+    assert rpc.asked_to_wait_s(caught.value)
+    servicer.answers.set()
+    await becomes(checker, servicer.token("k2"), "")
+
+
+@pytest.mark.parametrize(
+    ("left_s", "reason"),
+    [(None, "SERVICE_SILENT"), (5, "SERVICE_SILENT"), (-1, "DEADLINE_EXCEEDED")],
+)
+def test_only_its_own_deadline_is_told_a_caller(left_s: float | None, reason: str) -> None:
+    error = errors.from_status(status_pb2.Status(code=4, message="Deadline Exceeded"))
+    end = database.deadline.set(None if left_s is None else time.monotonic() + left_s)
+    try:
+        assert gate.for_caller(error).reason == reason
+        silent = errors.DeadlineExceeded("HOST_SILENT", "the host does not answer")
+        assert gate.for_caller(silent) is silent
+    finally:
+        database.deadline.reset(end)
