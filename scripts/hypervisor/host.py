@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import string
@@ -28,6 +29,9 @@ PRIVATE_DIRECTORIES = {
 }
 PRIVATE_FILES = {"hosts": "/etc/hosts", "resolv.conf": "/etc/resolv.conf"}
 GONE_AT_BOOT = ("run", "mcloud/run")
+
+# What libvirt keeps of a guest that it starts, before there is a process.
+_UNSTARTED = re.compile(r"<domstatus [^>]*\bpid='0'")
 
 START_DEADLINE_S = 180.0  # a libvirtd that has to ask QEMU for its capabilities, on a busy machine
 
@@ -133,7 +137,19 @@ class Host:
 
     def start_libvirtd(self, init: Process) -> Process:
         """Start libvirtd; it may not answer yet."""
+        self._forget_unstarted()
         return kernel.start_inside(init, ["libvirtd"], self.directory / "log" / "stdout.log")
+
+    def _forget_unstarted(self) -> None:
+        """Have libvirt take guests for off whose start has not come to a process.
+
+        Killed at that moment, libvirtd (9.0) takes such a guest for running ever after, and lets
+        nobody start, stop or remove it. QEMU waits for the pid to be written, so there is none.
+        scripts/systemd/libvirtd.service.d/mcloud.conf does this where systemd starts libvirtd.
+        """
+        for status in (self.directory / "run" / "qemu").glob("*.xml"):
+            if _UNSTARTED.search(status.read_text()):
+                status.unlink()
 
     def await_libvirtd(self, libvirtd: Process | None) -> None:
         """Wait until libvirtd answers.

@@ -385,6 +385,37 @@ def test_up_again_restarts_libvirtd_and_leaves_its_domains(lab: Lab) -> None:
     connection.close()
 
 
+def test_a_guest_whose_start_was_cut_short_can_be_started(lab: Lab) -> None:
+    """As libvirtd leaves it when it is killed before there is a process."""
+    libvirt = pytest.importorskip("libvirt")
+    lab.up()
+    connection = libvirt.open(lab.uri())
+    connection.defineXML(TINY_DOMAIN.format(name="tiny")).create()
+    connection.close()
+    for name in ("libvirtd", QEMU):
+        pid = lab.process(name)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda pid=pid: pid not in lab.processes())  # type: ignore[misc]
+    status = lab.state / "hosts/h1/run/qemu/tiny.xml"
+    text = re.sub(
+        r"<domstatus state='\w+' reason='[\w ]+' pid='\d+'>",
+        "<domstatus state='paused' reason='starting up' pid='0'>",
+        status.read_text(),
+    )
+    assert "pid='0'" in text
+    job = "<job type='none' async='start' flags='0x0' asyncStarted='1795416478239'/>"
+    status.write_text(re.sub(r"<job [^>]*/>", job, text))
+
+    lab.up()
+
+    connection = libvirt.open(lab.uri())
+    domain = connection.lookupByName("tiny")
+    assert not domain.isActive()
+    domain.create()
+    domain.destroy()
+    connection.close()
+
+
 @pytest.mark.parametrize("name", ["switch", "h1"])
 def test_up_again_replaces_what_has_died(lab: Lab, name: str) -> None:
     lab.up()
