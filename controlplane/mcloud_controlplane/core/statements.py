@@ -242,6 +242,8 @@ def _walk(part: Any, values: list[Any]) -> Any:
     if kind is peewee.Value:
         walked = part.values if part.multi else part.value
         return ("value", part.multi, part.converter, _walk(walked, values))
+    if kind is peewee.NamespaceAttribute:  # EXCLUDED, of an insert on conflict
+        return ("of", part._namespace._name, part._attribute)
     if kind is list or kind is tuple:
         if len(part) + len(values) > _MOST_VALUES:
             raise _UnknownError

@@ -98,9 +98,8 @@ def queries(draw: st.DrawFn) -> Any:
             return Thing.delete().where(condition)
         case 5:
             made = Thing.insert(id=draw(WORDS), create_time=1, update_time=draw(SIZES), spec=b"s")
-            return made.on_conflict(
-                conflict_target=[Thing.id], update={Thing.size: Thing.size + draw(SIZES)}
-            )
+            size = draw(st.just(peewee.EXCLUDED.size) | SIZES.map(lambda more: Thing.size + more))
+            return made.on_conflict(conflict_target=[Thing.id], update={Thing.size: size})
         case _:
             rows = draw(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
             return Mark.insert_many(rows, [Mark.thing_id, Mark.word]).on_conflict_ignore()
@@ -132,6 +131,10 @@ def test_rows_come_and_go(engine: Engine) -> None:
     row.save()
     assert Thing.select(Thing.size).where(Thing.id == "t-1").scalar() == 3
     assert Thing.get_or_none((Thing.id == "t-1") & (Thing.delete_time == 8)) is None
+    Thing.insert(id="t-1", create_time=1, update_time=1, size=4).on_conflict(
+        conflict_target=[Thing.id], update={Thing.size: peewee.EXCLUDED.size}
+    ).execute()
+    assert Thing.get_by_id("t-1").size == 4
     assert Thing.delete().where(Thing.id.in_(["t-1", "t-2"])).execute() == 1
     assert engine.left == 0
 
