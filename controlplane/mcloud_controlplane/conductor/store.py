@@ -47,10 +47,11 @@ class DomainSource(sessions.Source):
         """Return every domain that is, or is to be removed, there."""
         return _desired(Domain.host_id == host_id).get(host_id, [])
 
-    def observed(self, reports: Sequence[sessions.HostReport]) -> None:
+    def observed(self, reports: Sequence[sessions.HostReport], epoch: str) -> None:
         """Record what hosts see of domains."""
-        for report in reports:
-            apply_domain_status(*report)
+        for host_id, incarnation, report in reports:
+            if report.epoch in ("", epoch):
+                apply_domain_status(host_id, incarnation, report)
 
 
 def _is_asked() -> Any:
@@ -89,8 +90,6 @@ def _desired(condition: Any) -> dict[str, list[session_pb2.Desired]]:
 
 def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
     """Record a report, unless it is stale, of another host or of an unknown domain."""
-    if report.epoch and report.epoch != shared.epoch():
-        return
     newer = (Domain.incarnation < incarnation) | (
         (Domain.incarnation == incarnation) & (Domain.sequence < report.sequence)
     )

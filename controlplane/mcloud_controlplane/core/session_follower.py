@@ -24,7 +24,9 @@ log = structlog.get_logger()
 _POLL_S = 5.0  # the net under the wake-ups
 _PAUSE_S = 0.02  # at least, between two looks: what comes in a burst is looked at once
 _REST = 4.0  # the same, as a share of the time that the last one took
-_LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for
+_LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for,
+_LONGEST_LEISURE_S = 10.0
+_LEISURELY_A_SECOND = 50  # which are at most as many if all hosts have something new all the time
 _NUMBERS_S = 5.0  # between two looks for newer streams of other processes
 
 
@@ -133,6 +135,10 @@ class Follower:
             numbers = dict(table.select(table.host_id, table.number).tuples())
         return self._pending(urgent=urgent), numbers
 
+    def _leisure_s(self) -> float:
+        wanted = len(self._streams) / _LEISURELY_A_SECOND
+        return min(max(wanted, _LEISURE_S), _LONGEST_LEISURE_S)
+
     def _wake(self, pending: Collection[Pending], numbers: dict[str, int] | None) -> bool:
         """Wake streams that have something to send; tell whether any is to be woken later."""
         if numbers is not None:
@@ -140,7 +146,7 @@ class Follower:
                 for stream in streams:
                     if numbers.get(host_id) != stream.number:
                         stream.wake.set()
-        later, leisure = False, time.monotonic() - _LEISURE_S
+        later, leisure = False, time.monotonic() - self._leisure_s()
         for each in pending:
             for stream in self._streams.get(each.host_id, ()):
                 if stream.sent.get(each.id) == (each.generation, each.absent):

@@ -63,10 +63,11 @@ class Source(Protocol):
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return everything that is to be on the host; sent when a session begins."""
 
-    def observed(self, reports: Sequence[HostReport]) -> None:
+    def observed(self, reports: Sequence[HostReport], epoch: str) -> None:
         """Record what hosts see, unless something newer is recorded.
 
         Args:
+            epoch: the database's.
             reports: by host, and of each in the order in which it told.
         """
 
@@ -270,7 +271,8 @@ class Sessions:
             [
                 HostReport(key.host_id, key.incarnation, report)
                 for key, report in sorted(reports, key=lambda pair: pair[0])
-            ]
+            ],
+            self._tables.epoch(),
         )
 
     def _take(self, host: str, hello: session_pb2.Hello, subject: str) -> tuple[int, str]:

@@ -228,11 +228,13 @@ class Tables:
 
     def epoch(self) -> str:
         """Return the database's epoch. Within a unit."""
-        return str(self.deployment.get_by_id(1).epoch)
+        ((epoch,),) = database.execute(_EPOCH).fetchall()
+        return str(epoch)
 
     def revision(self) -> int:
         """Return the revision up to which everything is committed. Within a unit."""
-        return int(self.deployment.get_by_id(1).revision)
+        ((revision,),) = database.execute(_REVISION).fetchall()
+        return int(revision)
 
     def connected(self) -> Any:
         """Return the condition on sessions that their hosts renew them. Within a unit.
@@ -261,6 +263,8 @@ class Tables:
             database.execute(f"{_INSERT_CHANGES} {places}", [v for row in rows for v in row])
 
 
+_EPOCH = "SELECT epoch FROM deployment WHERE id = 1"
+_REVISION = "SELECT revision FROM deployment WHERE id = 1"
 _NEXT_REVISION = "UPDATE deployment SET revision = revision + 1 WHERE id = 1 RETURNING revision"
 _INSERT_CHANGES = (
     "INSERT INTO change (revision, number, type, resource_id, project_id, change, time) VALUES"

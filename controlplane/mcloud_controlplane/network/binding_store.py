@@ -96,8 +96,8 @@ def bind(
         row.host_id, row.domain_id = wanted
         row.state = "BUILD"
         groups = dataplane_store.lock_around(row)
-        dataplane_store.bump(dataplane_store.hosts_of_port(row, groups))
-        row.bound_generation = dataplane_store.generation(row.host_id)
+        generations = dataplane_store.bump(dataplane_store.hosts_of_port(row, groups))
+        row.bound_generation = generations[row.host_id]
         _save(row)
     return port_service_pb2.BindPortResponse(
         binding=dataplane_document.bindings([row])[0],

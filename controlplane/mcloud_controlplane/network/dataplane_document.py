@@ -166,24 +166,33 @@ def fixed_ip(row: Address) -> dataplane_pb2.FixedIp:
 
 
 def _rules(port_ids: Sequence[str]) -> dict[str, list[dataplane_pb2.EffectiveRule]]:
-    """Return what the groups of ports allow, each rule once a port."""
-    query: Any = (
-        SecurityGroupRule.select(PortGroup.port_id, SecurityGroupRule)
-        .join(
-            PortGroup,
-            on=(PortGroup.security_group_id == SecurityGroupRule.security_group_id),
-        )
-        .where(PortGroup.port_id.in_(port_ids))
-        .order_by(PortGroup.port_id, SecurityGroupRule.digest, SecurityGroupRule.id)
+    """Return what the groups of ports allow, each rule once a port.
+
+    Most ports are in the same groups: what these allow is put together once.
+    """
+    groups: dict[str, list[str]] = {}
+    query: Any = PortGroup.select(PortGroup.port_id, PortGroup.security_group_id)
+    for port_id, group_id in query.where(PortGroup.port_id.in_(port_ids)).tuples():
+        groups.setdefault(port_id, []).append(group_id)
+    sets = {port_id: frozenset(found) for port_id, found in groups.items()}
+    rows = list(
+        SecurityGroupRule.select()
+        .where(SecurityGroupRule.security_group_id.in_(sorted(frozenset().union(*sets.values()))))
+        .order_by(SecurityGroupRule.digest, SecurityGroupRule.id)
     )
-    rows = list(query.objects())
     members = _members(sorted({row.remote_group_id for row in rows if row.remote_group_id}))
-    found: dict[str, dict[str, dataplane_pb2.EffectiveRule]] = {}
-    for row in rows:
-        rule = _rule(row, members.get((row.remote_group_id, row.ip_version), []))
+    rules = [
+        (row, _rule(row, members.get((row.remote_group_id, row.ip_version), []))) for row in rows
+    ]
+    allowed: dict[frozenset[str], list[dataplane_pb2.EffectiveRule]] = {}
+    for own in set(sets.values()):
         # Two groups of a port may allow the same.
-        found.setdefault(row.port_id, {}).setdefault(row.digest, rule)
-    return {port_id: list(rules.values()) for port_id, rules in found.items()}
+        found: dict[str, dataplane_pb2.EffectiveRule] = {}
+        for row, rule in rules:
+            if row.security_group_id in own:
+                found.setdefault(row.digest, rule)
+        allowed[own] = list(found.values())
+    return {port_id: allowed[own] for port_id, own in sets.items()}
 
 
 def _rule(row: SecurityGroupRule, members: Sequence[str]) -> dataplane_pb2.EffectiveRule:

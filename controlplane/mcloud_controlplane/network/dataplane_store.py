@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import peewee
+
 from mcloud.common.v1 import session_pb2
 from mcloud_controlplane.core import sessions, tables
 from mcloud_controlplane.core.session_follower import Pending
+from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.network import dataplane_document
 from mcloud_controlplane.network.model import (
     HostDataplane,
@@ -21,29 +24,37 @@ from mcloud_controlplane.network.model import (
     PortGroup,
     SecurityGroup,
     SecurityGroupRule,
+    lock,
     locked,
-    shared,
+)
+from mcloud_controlplane.network.model import database as opened
+
+_BUMPED_AT_ONCE = 50
+_BUMPED = Kept(
+    lambda *rows: (
+        HostDataplane.insert_many(rows, fields=[HostDataplane.host_id])
+        .on_conflict(
+            conflict_target=[HostDataplane.host_id],
+            update={HostDataplane.generation: HostDataplane.generation + 1},
+        )
+        .returning(HostDataplane.host_id, HostDataplane.generation)
+    )
 )
 
 
-def bump(host_ids: Iterable[str]) -> None:
-    """Give hosts a new generation. Once in a unit, as one of its last writes."""
+def bump(host_ids: Iterable[str]) -> dict[str, int]:
+    """Give hosts a new generation, and return it. Once in a unit, as one of its last writes."""
     # In one order, so that two units that bump the same hosts wait instead of deadlocking.
     found = sorted(set(host_ids) - {""})
     if not found:
-        return
-    HostDataplane.insert_many([{"host_id": id_} for id_ in found]).on_conflict(
-        conflict_target=[HostDataplane.host_id],
-        update={HostDataplane.generation: HostDataplane.generation + 1},
-    ).execute()
+        return {}
+    generations: dict[str, int] = {}
+    for some in peewee.chunked(found, _BUMPED_AT_ONCE):
+        generations |= _BUMPED.run(opened, *[[id_] for id_ in some])
     # One line for all: it wakes the streams, which look for themselves. A line for each would be
     # most of the log where many hosts share a network.
     tables.changed("dataplane", found[0] if len(found) == 1 else "", "")
-
-
-def generation(host_id: str) -> int:
-    """Return the generation that a host is to have."""
-    return int(HostDataplane.get_by_id(host_id).generation)
+    return generations
 
 
 def hosts_of_networks(network_ids: Sequence[str]) -> set[str]:
@@ -97,20 +108,22 @@ def lock_around(port: Port) -> list[str]:
     the other's host, and no later one tells it.
     """
     own = groups_of(port.id)
+    if not opened.for_update:
+        return own  # SQLite's transaction has locked everything
     naming = SecurityGroupRule.select(SecurityGroupRule.remote_group_id).where(
         SecurityGroupRule.security_group_id.in_(own) & (SecurityGroupRule.remote_group_id != "")
     )
     groups = {*own, *(row.remote_group_id for row in naming)}
     lock_networks([port.network_id])
     query = SecurityGroup.select(SecurityGroup.id).where(SecurityGroup.id.in_(sorted(groups)))
-    list(locked(query.order_by(SecurityGroup.id)))
+    lock(query.order_by(SecurityGroup.id))
     return own
 
 
 def lock_networks(network_ids: Sequence[str]) -> None:
     """Lock the rows of networks, until the commit: their ports' hosts stay as they are."""
     query = Network.select(Network.id).where(Network.id.in_(list(network_ids)))
-    list(locked(query.order_by(Network.id)))
+    lock(query.order_by(Network.id))
 
 
 def _lock_dataplanes(host_ids: Iterable[str]) -> dict[str, HostDataplane]:
@@ -148,7 +161,7 @@ class Source:
         """Return the dataplane."""
         return _documents(HostDataplane.host_id == host_id).get(host_id, [])
 
-    def observed(self, reports: Sequence[sessions.HostReport]) -> None:
+    def observed(self, reports: Sequence[sessions.HostReport], epoch: str) -> None:
         """Record how far hosts are; their ports that are in place become ACTIVE.
 
         Ports are locked before dataplanes, as whoever binds a port does.
@@ -159,16 +172,17 @@ class Source:
         ports = list(locked(Port.select().where(in_the_making).order_by(Port.id)))
         dataplanes = _lock_dataplanes(hosts)
         for report in told:
-            if _record(dataplanes[report.host_id], report.incarnation, report.observed):
-                _activate(dataplanes[report.host_id], ports)
+            row = dataplanes[report.host_id]
+            if _record(row, report.incarnation, report.observed, epoch):
+                _activate(row, ports)
 
 
-def _record(row: HostDataplane, incarnation: int, report: session_pb2.Observed) -> bool:
+def _record(row: HostDataplane, incarnation: int, report: session_pb2.Observed, epoch: str) -> bool:
     """Record a report; False: what is known is as new."""
     if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
         return False
     # A number of another epoch says nothing about this one's.
-    row.observed_generation = report.generation if report.epoch == shared.epoch() else 0
+    row.observed_generation = report.generation if report.epoch == epoch else 0
     row.incarnation, row.sequence = incarnation, report.sequence
     row.error = report.error.SerializeToString() if report.HasField("error") else None
     HostDataplane.update(

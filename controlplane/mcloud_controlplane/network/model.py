@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import peewee
 
@@ -215,6 +215,12 @@ MODELS = (
 def locked(query: QueryT) -> QueryT:
     """Return a select that locks its rows; SQLite's transaction has locked them already."""
     return query.for_update() if database.for_update else query  # type: ignore[attr-defined]
+
+
+def lock(query: Any) -> None:
+    """Lock the rows of a select until the commit; no statement where they are locked already."""
+    if database.for_update:
+        list(locked(query))
 
 
 def open_database(url: str, process: processes.Process | None = None) -> Database:

@@ -183,7 +183,6 @@ def _mac(wanted: str) -> str:
 
 
 def _join_groups(row: Port, group_ids: Sequence[str]) -> None:
-    PortGroup.delete().where(PortGroup.port_id == row.id).execute()
     for id_ in group_ids:
         PortGroup.create(port_id=row.id, security_group_id=id_)
 
@@ -202,6 +201,7 @@ def update(work: Mutation, request: port_service_pb2.UpdatePortRequest) -> port_
             )
         dataplane_store.lock_around(row)
         concerned = dataplane_store.hosts_following(dataplane_store.groups_of(row.id))
+        PortGroup.delete().where(PortGroup.port_id == row.id).execute()
         _join_groups(row, security_group_store.resolve(row.project_id, spec.security_group_ids))
         dataplane_store.lock_around(row)
         concerned |= dataplane_store.hosts_following(dataplane_store.groups_of(row.id))

@@ -223,8 +223,9 @@ def place(row: Router, host_id: str, also: Iterable[str] = ()) -> None:
         ).execute()
         for port in fresh:
             tables.changed("port", port.id, port.project_id)
-        dataplane_store.bump({row.host_id, *dataplane_store.hosts_of_networks(networks), *also})
-        Port.update(bound_generation=dataplane_store.generation(row.host_id)).where(
+        hosts = {row.host_id, *dataplane_store.hosts_of_networks(networks), *also}
+        generations = dataplane_store.bump(hosts)
+        Port.update(bound_generation=generations[row.host_id]).where(
             Port.id.in_([port.id for port in fresh])
         ).execute()
 

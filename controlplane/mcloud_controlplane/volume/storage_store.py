@@ -154,16 +154,17 @@ class VolumeSource:
         """Return everything that is to be on the host, and its tombstones."""
         return _desired([host_id], Volume.desired_generation > 0).get(host_id, [])
 
-    def observed(self, reports: Sequence[sessions.HostReport]) -> None:
+    def observed(self, reports: Sequence[sessions.HostReport], epoch: str) -> None:
         """Record what hosts have of volumes."""
-        for report in reports:
-            self._observe(*report)
+        for host_id, incarnation, report in reports:
+            if report.epoch == epoch:
+                self._observe(host_id, incarnation, report)
 
     def _observe(self, host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
         row = locked(
             Volume.select().where((Volume.id == report.id) & (Volume.host_id == host_id))
         ).first()
-        if row is None or report.epoch != shared.epoch():
+        if row is None:
             return
         if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
             return
