@@ -31,7 +31,9 @@ class FlavorServicer(flavor_service_pb2_grpc.FlavorServiceServicer):
         self, request: flavor_service_pb2.GetFlavorRequest, context: Context
     ) -> flavor_pb2.Flavor:
         """Return one."""
-        return await self._database.read(lambda: flavor_store.message(flavor_store.get(request.id)))
+        return await self._database.read_few(
+            lambda: flavor_store.message(flavor_store.get(request.id))
+        )
 
     async def ListFlavors(
         self, request: flavor_service_pb2.ListFlavorsRequest, context: Context

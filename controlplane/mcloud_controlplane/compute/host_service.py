@@ -25,7 +25,7 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         self, request: host_service_pb2.GetHostRequest, context: Context
     ) -> host_pb2.Host:
         """Return one."""
-        return await self._database.read(host_store.get_message, request.id)
+        return await self._database.read_few(host_store.get_message, request.id)
 
     async def ListHosts(
         self, request: host_service_pb2.ListHostsRequest, context: Context

@@ -70,13 +70,13 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         self, request: instance_service_pb2.ExplainInstanceRequest, context: Context
     ) -> instance_service_pb2.ExplainInstanceResponse:
         """Tell why it is where it is."""
-        return await self._database.read(instance_store.explain, auth.caller(), request)
+        return await self._database.read_few(instance_store.explain, auth.caller(), request)
 
     async def GetInstance(
         self, request: instance_service_pb2.GetInstanceRequest, context: Context
     ) -> instance_pb2.Instance:
         """Return one."""
-        return await self._database.read(instance_store.get_visible, auth.caller(), request.id)
+        return await self._database.read_few(instance_store.get_visible, auth.caller(), request.id)
 
     async def ListInstances(
         self, request: instance_service_pb2.ListInstancesRequest, context: Context

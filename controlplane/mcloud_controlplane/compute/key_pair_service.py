@@ -32,7 +32,7 @@ class KeyPairServicer(key_pair_service_pb2_grpc.KeyPairServiceServicer):
     ) -> key_pair_pb2.KeyPair:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: key_pair_store.message(key_pair_store.get(caller, request.id))
         )
 

@@ -70,7 +70,7 @@ class CreateInstance:
             errors.Exhausted: QUOTA_EXCEEDED, NO_FREE_ADDRESS.
             errors.InvalidArgument: FLAVOR_TOO_SMALL.
         """
-        instance = await self._database.read(store.get_instance, job.resource_id)
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
         image, *ports = await together(
             self._neighbours.ensure_image_use(job, instance.image_id),
@@ -105,7 +105,7 @@ class CreateInstance:
         """Undo 4. Give everything back, and retire the ids."""
         if job.data.get("held"):
             return  # the host is silent: the reclaimer does it when it has answered
-        instance = await self._database.read(store.get_instance, job.resource_id)
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
         await release_reservations(self._neighbours, job, instance)
         await self._database.write(store.change_instance, job, reserved=False)
 
@@ -117,7 +117,7 @@ class CreateInstance:
         Raises:
             errors.Exhausted: NO_VALID_HOST, with the explanation: hosts removed by each filter.
         """
-        instance = await self._database.read(store.get_instance, job.resource_id)
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
         answer = await self._neighbours.select_destination(
             placement_service_pb2.SelectDestinationsRequest(

@@ -42,7 +42,7 @@ class DeleteInstance:
 
     async def remove_domain(self, job: Job) -> None:
         """2. Have the host remove the domain, then give back what belonged to it."""
-        instance = await self._database.read(store.get_instance, job.resource_id)
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
         domain_id = instance.domain_id or job.data.get("domain_id")
         if not domain_id:
             job.skip("it was on no host")
@@ -51,7 +51,7 @@ class DeleteInstance:
 
     async def release(self, job: Job) -> None:
         """3. Give back what was reserved: ports, attachments, the use of the image."""
-        instance = await self._database.read(store.get_instance, job.resource_id)
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
         await release_reservations(self._neighbours, job, instance)
 
     def succeed(self, job: Job) -> None:

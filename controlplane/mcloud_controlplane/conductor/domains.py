@@ -64,7 +64,7 @@ class Domains:
             return True if current is None or current.absent_time is not None else None
 
         await self._until(domain_id, look, timeout_s)
-        instance = await self._database.read(store.get_instance, job.resource_id)
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
         await self.release(job, instance, domain_id)
 
     async def release(self, job: Job, instance: Any, domain_id: str) -> None:
@@ -78,7 +78,7 @@ class Domains:
                 look, timeout_s=timeout_s, types=("domain",), id_=domain_id
             )
         except TimeoutError as error:
-            row = await self._database.read(store.find_domain, domain_id)
+            row = await self._database.read_few(store.find_domain, domain_id)
             last = store.domain_error(row) if row is not None else None
             why = f"; its last word: {last.message}" if last else ""
             raise HostSilent(

@@ -54,7 +54,7 @@ class DomainServicer(domain_service_pb2_grpc.DomainServiceServicer):
         """Answer a host that has picked a domain up (step 9)."""
         certificate = auth.caller().certificate
         assert certificate is not None
-        spec = await self._database.read(store.domain_spec, certificate.host_id, request)
+        spec = await self._database.read_few(store.domain_spec, certificate.host_id, request)
         token = await rpc.call(
             self._tokens.CreateDelegatedToken,
             token_service_pb2.CreateDelegatedTokenRequest(
@@ -87,7 +87,7 @@ class DomainServicer(domain_service_pb2_grpc.DomainServiceServicer):
         self, request: domain_service_pb2.GetDomainRequest, context: Context
     ) -> domain_pb2.Domain:
         """Return one."""
-        return await self._database.read(domain_view.get_message, request.id)
+        return await self._database.read_few(domain_view.get_message, request.id)
 
     async def ListDomains(
         self, request: domain_service_pb2.ListDomainsRequest, context: Context

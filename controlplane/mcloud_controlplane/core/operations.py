@@ -108,7 +108,7 @@ class OperationServicer:
         self, request: operation_pb2.GetOperationRequest, context: auth.Context
     ) -> Operation:
         """Return one."""
-        return await self._database.read(self._get, auth.caller(), request.id)
+        return await self._database.read_few(self._get, auth.caller(), request.id)
 
     async def ListOperations(
         self, request: operation_pb2.ListOperationsRequest, context: auth.Context
@@ -131,7 +131,7 @@ class OperationServicer:
                 id_=request.id,
             )
         except TimeoutError:
-            return await self._database.read(self._get, auth.caller(), request.id)
+            return await self._database.read_few(self._get, auth.caller(), request.id)
 
     async def WatchOperation(
         self, request: operation_pb2.WatchOperationRequest, context: auth.Context
@@ -154,7 +154,7 @@ class OperationServicer:
             while True:
                 event.clear()
                 async with self._database.background_reads:
-                    operation = await self._database.read(self._get, caller, id_)
+                    operation = await self._database.read_few(self._get, caller, id_)
                 state = operation.SerializeToString(deterministic=True)
                 if state != seen:
                     seen = state

@@ -250,7 +250,7 @@ class Runner:
             room = 0
         try:
             # Most wake-ups are for something else: look first, without a writer's turn.
-            free, cancelled = await self._database.read(self._look, room)
+            free, cancelled = await self._database.read_few(self._look, room)
             taken = await self._database.write(self._take, free) if free else []
         except errors.Error as error:
             log.warning("workflow runner could not take work", reason=error.reason)

@@ -41,7 +41,7 @@ class ApplicationCredentialServicer(
     ) -> application_credential_pb2.ApplicationCredential:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(lambda: store.message(store.get(caller, request.id)))
+        return await self._database.read_few(lambda: store.message(store.get(caller, request.id)))
 
     async def ListApplicationCredentials(
         self,

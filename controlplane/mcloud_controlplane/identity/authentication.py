@@ -39,9 +39,9 @@ class Authenticator:
             errors.Exhausted: TOO_MANY_ATTEMPTS.
         """
         async with self._turn(name):
-            user = await self._database.read(login_store.find_user, name)
+            user = await self._database.read_few(login_store.find_user, name)
             if await self._hasher.matches(user.password_hash if user else "", password):
-                if await self._database.read(login_store.has_failures, name):
+                if await self._database.read_few(login_store.has_failures, name):
                     await self._database.write(login_store.forget_failures, name)
                 return user
             await self._database.write(login_store.record_failure, self._database, name)

@@ -31,7 +31,7 @@ class ProjectServicer(project_service_pb2_grpc.ProjectServiceServicer):
         self, request: project_service_pb2.GetProjectRequest, context: Context
     ) -> project_pb2.Project:
         """Return one."""
-        return await self._database.read(lambda: store.message(store.get(request.id)))
+        return await self._database.read_few(lambda: store.message(store.get(request.id)))
 
     async def ListProjects(
         self, request: project_service_pb2.ListProjectsRequest, context: Context

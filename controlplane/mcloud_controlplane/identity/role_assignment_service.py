@@ -34,7 +34,7 @@ class RoleAssignmentServicer(role_assignment_service_pb2_grpc.RoleAssignmentServ
         self, request: role_assignment_service_pb2.GetRoleAssignmentRequest, context: Context
     ) -> role_assignment_pb2.RoleAssignment:
         """Return one."""
-        return await self._database.read(lambda: store.message(store.get(request.id)))
+        return await self._database.read_few(lambda: store.message(store.get(request.id)))
 
     async def ListRoleAssignments(
         self, request: role_assignment_service_pb2.ListRoleAssignmentsRequest, context: Context

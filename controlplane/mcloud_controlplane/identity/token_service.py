@@ -39,7 +39,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
             grant, key = await self._grant_user(request)
         else:
             secret = request.application_credential
-            grant, key = await self._database.read(
+            grant, key = await self._database.read_few(
                 _with_key,
                 lambda: login_store.grant_credential(
                     secret.id, secret.secret, request.project, request.system
@@ -59,7 +59,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         user = await self._authenticator.find(request.password.user_name, request.password.password)
         if user is None or user.disabled:
             raise login_store.bad_credentials()
-        return await self._database.read(
+        return await self._database.read_few(
             _with_key, lambda: login_store.grant_user(user, request.project, request.system)
         )
 
@@ -73,7 +73,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
             enrolment_store.require_not_revoked(request.certificate_sha256)
             return epoch, _key()
 
-        epoch, key = await self._database.read(read)
+        epoch, key = await self._database.read_few(read)
         claims = signing.delegated_claims(request, epoch)
         return token_service_pb2.CreateDelegatedTokenResponse(
             token=signing.sign(key, claims),
@@ -94,7 +94,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
                 )
             return signing.claims_message(claims)
 
-        return await self._database.read(read)
+        return await self._database.read_few(read)
 
     async def ListSigningKeys(
         self, request: token_service_pb2.ListSigningKeysRequest, context: Context

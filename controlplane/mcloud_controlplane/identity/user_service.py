@@ -45,7 +45,7 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         self, request: user_service_pb2.GetUserRequest, context: Context
     ) -> user_pb2.User:
         """Return one."""
-        return await self._database.read(lambda: store.message(store.get(request.id)))
+        return await self._database.read_few(lambda: store.message(store.get(request.id)))
 
     async def ListUsers(
         self, request: user_service_pb2.ListUsersRequest, context: Context
@@ -108,7 +108,7 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         """
         if not password:
             raise errors.bad_field("current_password", "is needed for one's own")
-        user = await self._database.read(store.get, auth.caller().user_id)
+        user = await self._database.read_few(store.get, auth.caller().user_id)
         found = await self._authenticator.find(user.name, password)
         return found.password_hash if found else ""
 

@@ -46,7 +46,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self, request: image_service_pb2.DownloadImageRequest, context: Context
     ) -> AsyncIterator[image_service_pb2.DownloadImageResponse]:
         """Send its bytes (10, 11)."""
-        image = await self._database.read(_get, auth.caller(), request.id)
+        image = await self._database.read_few(_get, auth.caller(), request.id)
         _trace_authorization()
         _require_bytes(image, request.offset)
         yield image_service_pb2.DownloadImageResponse(image=image)
@@ -60,7 +60,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self, request: image_service_pb2.GetImageRequest, context: Context
     ) -> image_pb2.Image:
         """Return one (10, 11)."""
-        image = await self._database.read(_get, auth.caller(), request.id)
+        image = await self._database.read_few(_get, auth.caller(), request.id)
         _trace_authorization()
         return image
 

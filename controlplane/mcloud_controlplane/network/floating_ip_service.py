@@ -32,7 +32,7 @@ class FloatingIpServicer(floating_ip_service_pb2_grpc.FloatingIpServiceServicer)
     ) -> floating_ip_pb2.FloatingIp:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: floating_ip_store.message(floating_ip_store.get(caller, request.id))
         )
 

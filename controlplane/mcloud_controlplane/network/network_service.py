@@ -34,7 +34,7 @@ class NetworkServicer(network_service_pb2_grpc.NetworkServiceServicer):
     ) -> network_pb2.Network:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: network_store.message(network_store.get(caller, request.id))
         )
 

@@ -33,7 +33,7 @@ class PortServicer(port_service_pb2_grpc.PortServiceServicer):
     ) -> port_pb2.Port:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: port_store.message(port_store.get(caller, request.id))
         )
 

@@ -32,7 +32,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.Router:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: router_store.message(router_store.get(caller, request.id))
         )
 

@@ -36,7 +36,7 @@ class SecurityGroupServicer(security_group_service_pb2_grpc.SecurityGroupService
     ) -> security_group_pb2.SecurityGroup:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: security_group_store.message(security_group_store.get(caller, request.id))
         )
 

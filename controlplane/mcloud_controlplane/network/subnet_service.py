@@ -32,7 +32,7 @@ class SubnetServicer(subnet_service_pb2_grpc.SubnetServiceServicer):
     ) -> subnet_pb2.Subnet:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: subnet_store.message(subnet_store.get(caller, request.id))
         )
 

@@ -219,7 +219,7 @@ class Decisions:
         earlier: dict[str, placement_pb2.Claim] = {}
         if real:
             ids = [each.message.domain_id for each in real]
-            earlier = await self._database.read(claims.find_claims, ids)
+            earlier = await self._database.read_few(claims.find_claims, ids)
         attempts = []
         for request in requests:
             message = request.message

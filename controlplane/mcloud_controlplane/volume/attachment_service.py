@@ -34,7 +34,7 @@ class AttachmentServicer(attachment_service_pb2_grpc.AttachmentServiceServicer):
     ) -> attachment_pb2.Attachment:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: attachment_store.message(attachment_store.get(caller, request.id))
         )
 

@@ -32,7 +32,7 @@ class VolumeServicer(volume_service_pb2_grpc.VolumeServiceServicer):
     ) -> volume_pb2.Volume:
         """Return one."""
         caller = auth.caller()
-        return await self._database.read(
+        return await self._database.read_few(
             lambda: volume_store.message(volume_store.get(caller, request.id))
         )
 
