@@ -94,7 +94,7 @@ async def go(
                 states, reasons = await _states(client)
                 if states["STATE_ACTIVE"] == count:
                     break
-                await asyncio.sleep(0.5)  # looked at as a person would, again and again
+                await asyncio.sleep(2.0)  # looked at as a person would, again and again
             settled_s = time.monotonic() - last_kill
             watching.cancel()
         finally:

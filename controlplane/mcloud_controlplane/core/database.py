@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-_CHANNEL = "mcloud"  # of PostgreSQL's NOTIFY
+CHANNEL = "mcloud"  # of PostgreSQL's NOTIFY
 _PAYLOAD_BYTES = 7000  # of one notice; PostgreSQL takes 8,000
 _RETRIES = 5
 _LOCK_S = 5.0  # for which SQLite waits for a file that another program has locked
@@ -266,16 +266,21 @@ class Database:
         raise AssertionError("unreachable")
 
     def read_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run a reading unit in this thread."""
-        token, begun = _current.set(self), False
+        """Run a reading unit in this thread.
+
+        On PostgreSQL without a transaction: at READ COMMITTED each statement sees what is committed
+        when it begins in any case, and a unit of one statement would take three round trips.
+        """
+        token, begin = _current.set(self), time.monotonic()
         try:
             for attempt in range(2):
                 try:
-                    with _connected(self.peewee), self.peewee.atomic():
-                        begun = True
+                    with _connected(self.peewee), self._snapshot():
                         return function(*args, **kwargs)
                 except peewee.OperationalError as error:
-                    if begun or attempt or not self.is_postgresql:
+                    # The server may have been started anew since this thread used it.
+                    late = attempt or time.monotonic() - begin > _LOCK_S
+                    if late or not self.is_postgresql:
                         raise self._unavailable(error) from error
         finally:
             _current.reset(token)
@@ -305,6 +310,9 @@ class Database:
         if self.is_postgresql or "disk I/O error" not in text:
             return False
         return shutil.disk_usage(Path(urlsplit(self.url).path).parent).free < _FULL_BYTES
+
+    def _snapshot(self) -> Any:
+        return nullcontext() if self.is_postgresql else self.peewee.atomic()
 
     def _transaction(self) -> Any:
         return (
@@ -377,17 +385,17 @@ class Database:
             if not listener.loop.is_closed():
                 listener.loop.call_soon_threadsafe(listener.event.set)
 
-    def notify(self, changes: Collection[tuple[str, str]]) -> None:
-        """Tell other processes what changes, as part of the transaction.
+    def notice(self, changes: Collection[tuple[str, str]]) -> str | None:
+        """Return what other processes are to be told on `CHANNEL`, as part of the transaction.
 
-        SQLite's followers see the commit by themselves.
+        None: SQLite's followers see the commit by themselves.
         """
-        if self.is_postgresql:
-            text = ",".join(f"{type_}:{id_}" for type_, id_ in sorted(changes))
-            if len(text) > _PAYLOAD_BYTES:
-                text = ",".join(f"{type_}:" for type_ in sorted({type_ for type_, _ in changes}))
-            parameters = (_CHANNEL, text)
-            self.peewee.execute_sql("SELECT pg_notify(%s, %s)", parameters)  # type: ignore[no-untyped-call]
+        if not self.is_postgresql:
+            return None
+        text = ",".join(f"{type_}:{id_}" for type_, id_ in sorted(changes))
+        if len(text) > _PAYLOAD_BYTES:
+            text = ",".join(f"{type_}:" for type_ in sorted({type_ for type_, _ in changes}))
+        return text
 
     def execute(self, sql: str, parameters: Sequence[object] = ()) -> Any:
         """Run one statement of SQL that peewee has no words for; return the cursor. Within a unit.
@@ -413,7 +421,7 @@ class Database:
 
     def _follow_postgresql(self) -> None:
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f"LISTEN {_CHANNEL}")
+            connection.execute(f"LISTEN {CHANNEL}")
             self._wake()  # for what was not heard while there was no connection
             looked = -math.inf
             while not self._closed.is_set():

@@ -64,5 +64,4 @@ def connect(url: str, proxy: peewee.DatabaseProxy, shared: tables.Tables) -> dat
 
 def _before_commit(opened: database.Database, shared: tables.Tables, unit: database.Unit) -> None:
     if unit.changes:
-        shared.log_changes(unit)
-        opened.notify(database.changed_resources(unit))
+        shared.log_changes(unit, opened.notice(database.changed_resources(unit)))

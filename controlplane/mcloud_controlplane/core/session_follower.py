@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 _POLL_S = 5.0  # the net under the wake-ups
 _PAUSE_S = 0.02  # at least, between two looks: what comes in a burst is looked at once
-_REST = 4.0  # the same, as a share of the time that the last one took
+_REST = 8.0  # the same, as a share of the time that the last one took
 _LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for,
 _LONGEST_LEISURE_S = 10.0
 _LEISURELY_A_SECOND = 50  # which are at most as many if all hosts have something new all the time

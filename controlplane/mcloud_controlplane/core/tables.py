@@ -246,30 +246,45 @@ class Tables:
         end = self.host_session.lease_expire_time
         return (end > moment) & (end < moment + longest)
 
-    def log_changes(self, unit: database.Unit) -> None:
-        """Write what a unit changed under the next revision; the last writes of its transaction."""
-        if not unit.changes:
-            return
-        # Each transaction does this, so its SQL is not made anew.
-        ((revision,),) = database.execute(_NEXT_REVISION).fetchall()
+    def log_changes(self, unit: database.Unit, notice: str | None) -> None:
+        """Write what a unit changed under the next revision; the last writes of its transaction.
+
+        Each transaction does this, so its SQL is not made anew.
+
+        Args:
+            notice: for other processes; None: not over PostgreSQL, they see the commit.
+        """
         moment = database.now()
-        changes = list(dict.fromkeys(unit.changes))
-        for first in range(0, len(changes), _CHANGES_AT_ONCE):
-            rows = [
-                (revision, number, *change, moment)
-                for number, change in enumerate(changes[first : first + _CHANGES_AT_ONCE], first)
-            ]
-            places = ", ".join([_CHANGE_PLACES] * len(rows))
-            database.execute(f"{_INSERT_CHANGES} {places}", [v for row in rows for v in row])
+        changes = dict.fromkeys(unit.changes)
+        rows = [(number, *change, moment) for number, change in enumerate(changes)]
+        if notice is None:
+            ((revision,),) = database.execute(_NEXT_REVISION).fetchall()
+        else:  # all of it, but for what is too much for one statement
+            some, rows = rows[:_CHANGES_AT_ONCE], rows[_CHANGES_AT_ONCE:]
+            statement = _LOG_AND_NOTIFY.format(", ".join([_TYPED_PLACES] * len(some)))
+            parameters = [value for row in some for value in row]
+            told = database.execute(statement, [*parameters, database.CHANNEL, notice])
+            ((revision, _),) = told.fetchall()
+        for first in range(0, len(rows), _CHANGES_AT_ONCE):
+            some = rows[first : first + _CHANGES_AT_ONCE]
+            places = ", ".join([_CHANGE_PLACES] * len(some))
+            parameters = [value for row in some for value in (revision, *row)]
+            database.execute(f"{_INSERT_CHANGES} VALUES {places}", parameters)
 
 
 _EPOCH = "SELECT epoch FROM deployment WHERE id = 1"
 _REVISION = "SELECT revision FROM deployment WHERE id = 1"
 _NEXT_REVISION = "UPDATE deployment SET revision = revision + 1 WHERE id = 1 RETURNING revision"
 _INSERT_CHANGES = (
-    "INSERT INTO change (revision, number, type, resource_id, project_id, change, time) VALUES"
+    "INSERT INTO change (revision, number, type, resource_id, project_id, change, time)"
 )
 _CHANGE_PLACES = "(?, ?, ?, ?, ?, ?, ?)"
+_TYPED_PLACES = "(?::int, ?::text, ?::text, ?::text, ?::text, ?::bigint)"
+_LOG_AND_NOTIFY = (
+    f"WITH next AS ({_NEXT_REVISION}), logged AS ("  # noqa: S608 (of constants)
+    f"{_INSERT_CHANGES} SELECT next.revision, line.* FROM next, (VALUES {{}}) AS line"
+    ") SELECT next.revision, pg_notify(?, ?) FROM next"
+)
 _CHANGES_AT_ONCE = 500
 
 
