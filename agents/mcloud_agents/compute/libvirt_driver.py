@@ -342,7 +342,12 @@ class Libvirt:
                 check_generation(metadata[0], epoch, generation)
         persistent = domain.isPersistent()
         if domain.isActive():
-            domain.destroy()
+            try:
+                domain.destroy()
+            except libvirt.libvirtError:
+                if domain.isActive():
+                    raise
+                # It has just ended by itself.
         if persistent:
             domain.undefineFlags(
                 libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
