@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -182,6 +183,44 @@ async def test_a_refusal_carries_libvirts_words(driver: LibvirtDriver, tmp_path:
     with pytest.raises(WrongState, match="mcbr999.*HYPERVISOR_REFUSED"):
         await driver.ensure(wanted)
     await driver.ensure_absent(spec.domain_id, spec.epoch, 1)
+    assert await driver.list() == []
+
+
+class Overtaken:
+    """A domain of libvirt's that was looked at just before it became what it is."""
+
+    def __init__(self, domain: Any, *, was_active: bool) -> None:
+        self._domain = domain
+        self._looks = [was_active]
+
+    def isActive(self) -> bool:  # noqa: N802 (libvirt's)
+        return self._looks.pop() if self._looks else bool(self._domain.isActive())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._domain, name)
+
+
+async def test_an_order_that_has_come_true_meanwhile_has_not_failed(
+    driver: LibvirtDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = domains.spec()
+    wanted = domains.resolved(tmp_path, spec)
+    await driver.ensure(wanted)
+    hypervisor: Any = driver._hypervisor
+    found = hypervisor._wanted(wanted)
+    for order, was_active in (
+        (lambda: hypervisor.start(wanted), False),
+        (lambda: hypervisor.cut_power(wanted), True),
+        (lambda: hypervisor.remove(spec.domain_id, spec.epoch, 1), True),
+    ):
+        if was_active and found.isActive():
+            found.destroy()
+        overtaken = Overtaken(found, was_active=was_active)
+        with monkeypatch.context() as patched:
+            patched.setattr(hypervisor, "_wanted", lambda _, found=overtaken: found)
+            patched.setattr(hypervisor, "_find", lambda _, found=overtaken: found)
+            await asyncio.to_thread(order)
+        assert not overtaken._looks
     assert await driver.list() == []
 
 

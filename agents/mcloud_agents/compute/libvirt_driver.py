@@ -10,7 +10,8 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -342,12 +343,8 @@ class Libvirt:
                 check_generation(metadata[0], epoch, generation)
         persistent = domain.isPersistent()
         if domain.isActive():
-            try:
+            with _unless(lambda: not domain.isActive()):
                 domain.destroy()
-            except libvirt.libvirtError:
-                if domain.isActive():
-                    raise
-                # It has just ended by itself.
         if persistent:
             domain.undefineFlags(
                 libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
@@ -361,7 +358,8 @@ class Libvirt:
         """See Hypervisor."""
         domain = self._wanted(wanted)
         if not domain.isActive():  # create() of a running one is an error
-            domain.create()
+            with _unless(domain.isActive):
+                domain.create()
 
     @_translating
     def press_power_button(self, wanted: ResolvedDomain) -> bool:
@@ -370,7 +368,8 @@ class Libvirt:
         if not domain.isActive():
             return False
         if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
-            domain.shutdown()
+            with _unless(lambda: not domain.isActive()):
+                domain.shutdown()
         return True
 
     @_translating
@@ -378,7 +377,8 @@ class Libvirt:
         """See Hypervisor."""
         domain = self._wanted(wanted)
         if domain.isActive():
-            domain.destroy()
+            with _unless(lambda: not domain.isActive()):
+                domain.destroy()
 
     @_translating
     def is_inactive(self, wanted: ResolvedDomain) -> bool:
@@ -430,6 +430,20 @@ def _read_metadata(domain: Any, flags: int) -> tuple[Identity, str] | None:
             return None
         raise
     return domain_xml.read_metadata(text)
+
+
+@contextmanager
+def _unless(reached: Callable[[], object]) -> Iterator[None]:
+    """Let an order be refused when what it was for has come true since libvirt was asked.
+
+    A guest ends by itself; or an earlier order, of which nobody awaits the answer any more, is only
+    now done.
+    """
+    try:
+        yield
+    except libvirt.libvirtError:
+        if not reached():
+            raise
 
 
 def _config_of(domain: Any) -> int:
