@@ -131,7 +131,7 @@ class Pruner:
         for name, work in works.items():
             for _ in range(self._rounds):
                 # A transaction each: writers wait for one batch at the longest.
-                count = await self._database.write(work, self._batch)
+                count = await self._database.write_long(work, self._batch)
                 pruned[name] += count
                 if not count:
                     break

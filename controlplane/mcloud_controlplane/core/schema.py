@@ -8,6 +8,7 @@ import peewee
 
 from mcloud_base import errors
 from mcloud_controlplane.core import database, migrations, processes, tables
+from mcloud_controlplane.core.unit import Unit
 
 
 def open_database(
@@ -62,6 +63,6 @@ def connect(url: str, proxy: peewee.DatabaseProxy, shared: tables.Tables) -> dat
     return opened
 
 
-def _before_commit(opened: database.Database, shared: tables.Tables, unit: database.Unit) -> None:
+def _before_commit(opened: database.Database, shared: tables.Tables, unit: Unit) -> None:
     if unit.changes:
-        shared.log_changes(unit, opened.notice(database.changed_resources(unit)))
+        shared.log_changes(unit, opened.notice(unit.changed()))

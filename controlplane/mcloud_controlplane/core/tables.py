@@ -13,6 +13,7 @@ from typing import Any
 import peewee
 
 from mcloud_controlplane.core import database
+from mcloud_controlplane.core.unit import Unit
 
 SESSION_LEASE_S = 30  # for how long a host counts as connected after it was last heard
 
@@ -32,14 +33,14 @@ class Deployment(peewee.Model):
 
 
 class Change(peewee.Model):
-    """The log that watches follow, in the order of commits.
+    """The log that watches follow, in the order of commits. Each change has a revision of its own.
 
     The revision counter's row is the last that a transaction locks; with a sequence, watchers on
     PostgreSQL lost changes.
     """
 
     revision = peewee.BigIntegerField()
-    number = peewee.IntegerField()  # within the revision
+    number = peewee.IntegerField()  # 0; it once counted within the revision of a transaction
     type = peewee.TextField()  # of the resource: "instance"
     resource_id = peewee.TextField()
     project_id = peewee.TextField()
@@ -246,8 +247,8 @@ class Tables:
         end = self.host_session.lease_expire_time
         return (end > moment) & (end < moment + longest)
 
-    def log_changes(self, unit: database.Unit, notice: str | None) -> None:
-        """Write what a unit changed under the next revision; the last writes of its transaction.
+    def log_changes(self, unit: Unit, notice: str | None) -> None:
+        """Write what a unit changed under the next revisions; its transaction's last writes.
 
         Each transaction does this, so its SQL is not made anew.
 
@@ -256,33 +257,37 @@ class Tables:
         """
         moment = database.now()
         changes = dict.fromkeys(unit.changes)
-        rows = [(number, *change, moment) for number, change in enumerate(changes)]
+        rows = [(number, *change, moment) for number, change in enumerate(changes, 1)]
+        count = len(rows)
         if notice is None:
-            ((revision,),) = database.execute(_NEXT_REVISION).fetchall()
+            ((last,),) = database.execute(_NEXT_REVISIONS, [count]).fetchall()
         else:  # all of it, but for what is too much for one statement
             some, rows = rows[:_CHANGES_AT_ONCE], rows[_CHANGES_AT_ONCE:]
             statement = _LOG_AND_NOTIFY.format(", ".join([_TYPED_PLACES] * len(some)))
-            parameters = [value for row in some for value in row]
+            parameters = [count, count, *(value for row in some for value in row)]
             told = database.execute(statement, [*parameters, database.CHANNEL, notice])
-            ((revision, _),) = told.fetchall()
+            ((last, _),) = told.fetchall()
+        before = last - count
         for first in range(0, len(rows), _CHANGES_AT_ONCE):
             some = rows[first : first + _CHANGES_AT_ONCE]
             places = ", ".join([_CHANGE_PLACES] * len(some))
-            parameters = [value for row in some for value in (revision, *row)]
+            parameters = [value for row in some for value in (before + row[0], *row[1:])]
             database.execute(f"{_INSERT_CHANGES} VALUES {places}", parameters)
 
 
 _EPOCH = "SELECT epoch FROM deployment WHERE id = 1"
 _REVISION = "SELECT revision FROM deployment WHERE id = 1"
-_NEXT_REVISION = "UPDATE deployment SET revision = revision + 1 WHERE id = 1 RETURNING revision"
+_NEXT_REVISIONS = "UPDATE deployment SET revision = revision + ? WHERE id = 1 RETURNING revision"
 _INSERT_CHANGES = (
     "INSERT INTO change (revision, number, type, resource_id, project_id, change, time)"
 )
-_CHANGE_PLACES = "(?, ?, ?, ?, ?, ?, ?)"
+_CHANGE_PLACES = "(?, 0, ?, ?, ?, ?, ?)"
 _TYPED_PLACES = "(?::int, ?::text, ?::text, ?::text, ?::text, ?::bigint)"
 _LOG_AND_NOTIFY = (
-    f"WITH next AS ({_NEXT_REVISION}), logged AS ("  # noqa: S608 (of constants)
-    f"{_INSERT_CHANGES} SELECT next.revision, line.* FROM next, (VALUES {{}}) AS line"
+    f"WITH next AS ({_NEXT_REVISIONS}), logged AS ("  # noqa: S608 (of constants)
+    f"{_INSERT_CHANGES} SELECT next.revision - ?::int + line.number, 0, type, resource_id,"
+    " project_id, change, time FROM next, (VALUES {})"
+    " AS line (number, type, resource_id, project_id, change, time)"
     ") SELECT next.revision, pg_notify(?, ?) FROM next"
 )
 _CHANGES_AT_ONCE = 500

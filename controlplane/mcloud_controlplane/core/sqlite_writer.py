@@ -1,0 +1,308 @@
+"""The writer of an SQLite file: units that wait run together, in one transaction.
+
+A file has one writer at a time, and Python runs in one thread at a time. To hand each unit to a
+thread and back took longer than most of them run, and a commit for each waited for the disk each
+time. So the units run in the event loop's thread, one after the other, each within a savepoint, and
+what they wrote is committed together; the commit, which waits for the disk, is a thread's. What
+comes meanwhile is the next transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import random
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peewee
+
+from mcloud_base import errors
+from mcloud_controlplane.core import connections
+from mcloud_controlplane.core.unit import Unit
+
+_MOST_S = 0.01  # for which units of one transaction run before others of the loop have a turn
+_TRIES = 5  # of a unit: one that lost a race finds what the winner wrote
+_LOOK_S = 0.05  # between looks for the commits of other processes
+_TICK_NS = 50_000_000  # of the clock of files; it is at most 10 ms
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A unit that waits or runs.
+
+    Args:
+        end: when it is no longer wanted; monotonic seconds.
+    """
+
+    function: Callable[[Unit], Any]
+    end: float | None
+    context: contextvars.Context
+    future: asyncio.Future[Any]
+    unit: Unit = field(default_factory=Unit)
+    result: Any = None
+
+    def settle(self) -> None:
+        """Tell whoever waits for it."""
+        for action in self.unit.after_commit:
+            action()
+        if not self.future.done():
+            self.future.set_result(self.result)
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell whoever waits for it that it failed."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class _AbandonedError(Exception):
+    """SQLite has ended the transaction by itself, with all that was in it."""
+
+
+class SqliteWriter:
+    """Runs the units of one event loop.
+
+    Args:
+        opened: the database whose models the units use.
+        before_commit: called with what a transaction's units have gathered, for its last writes.
+        committed: called with the same after the commit.
+        refusal: makes of an error of the database what is raised.
+        wake: called when another process has committed.
+    """
+
+    def __init__(
+        self,
+        opened: peewee.SqliteDatabase,
+        *,
+        before_commit: Callable[[Unit], None],
+        committed: Callable[[Unit], None],
+        refusal: Callable[[Exception], Exception],
+        wake: Callable[[], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._opened = opened
+        self._before_commit = before_commit
+        self._committed = committed
+        self._refusal = refusal
+        self._wake = wake
+        self._waiting: deque[_Turn] = deque()
+        self._running: list[_Turn] = []  # of the transaction
+        self._commits = False  # a thread uses the connection
+        self._scheduled: asyncio.Handle | None = None
+        self._locked_since: float | None = None  # when another process was first met
+        self._closed = False
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix=f"{Path(opened.database).stem}-commit"
+        )
+        self._connection = connections.another(opened)
+        self._cursor = self._connection.cursor()
+        self._cursor.execute("PRAGMA busy_timeout = 0")  # nothing waits in this thread
+        self._log_file = Path(f"{opened.database}-wal")
+        self._version: int | None = None
+        self._asked: tuple[int, int] | None = None
+        self._look_next = self.loop.call_soon(self._look)
+
+    @property
+    def waiting(self) -> int:
+        """How many units wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    async def run(
+        self, function: Callable[[Unit], Any], end: float | None, *, urgent: bool = False
+    ) -> Any:
+        """Run a unit; return what it returns, once that is committed.
+
+        Args:
+            end: when it must have begun; monotonic seconds.
+            urgent: ahead of all that wait.
+        """
+        turn = _Turn(function, end, contextvars.copy_context(), self.loop.create_future())
+        if urgent:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
+        self._schedule()
+        # Cancelling drops a unit that still waits; one that has run is committed.
+        return await turn.future
+
+    def _schedule(self) -> None:
+        if self._scheduled is None and not self._commits and not self._closed:
+            self._scheduled = self.loop.call_soon(self._work)
+
+    def _work(self) -> None:
+        """Run what waits in one transaction, and have it committed."""
+        self._scheduled = None
+        if self._closed or not self._wanted() or not self._begun():
+            return
+        written = self._connection.total_changes
+        try:
+            self._run_waiting()
+            gathered = Unit(changes=[each for turn in self._running for each in turn.unit.changes])
+            with connections.used(self._opened, self._connection):
+                self._before_commit(gathered)
+        except (_AbandonedError, peewee.PeeweeException) as error:
+            self._fail(error.__cause__ if isinstance(error, _AbandonedError) else error)
+            return
+        if self._connection.total_changes == written:  # nothing waits for the disk
+            self._cursor.execute("COMMIT")
+            self._finish(gathered)
+            return
+        self._commits = True
+        commit = self.loop.run_in_executor(self._thread, self._cursor.execute, "COMMIT")
+        commit.add_done_callback(lambda done: self._after_commit(gathered, done.exception()))
+
+    def _wanted(self) -> bool:
+        """Drop what is no longer wanted from those that are next; tell whether any is left."""
+        while self._waiting:
+            turn = self._waiting[0]
+            if turn.future.done():
+                self._waiting.popleft()
+            elif turn.end is not None and time.monotonic() > turn.end:
+                self._waiting.popleft().refuse(
+                    errors.DeadlineExceeded(
+                        "DEADLINE_EXCEEDED", "the deadline passed while waiting for the database"
+                    )
+                )
+            else:
+                return True
+        return False
+
+    def _begun(self) -> bool:
+        """Begin a transaction; or, while another process has one, come back in a moment."""
+        try:
+            self._cursor.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            moment = self.loop.time()
+            if self._locked_since is None:
+                self._locked_since = moment
+            if (
+                connections.is_repeatable(error)
+                and moment - self._locked_since < connections.LOCK_S
+            ):
+                pause = random.uniform(0.001, 0.01)  # noqa: S311
+                self._scheduled = self.loop.call_later(pause, self._work)
+                return False
+            self._locked_since = None
+            refusal = self._refusal(error)
+            while self._waiting:
+                self._waiting.popleft().refuse(refusal)
+            return False
+        self._locked_since = None
+        return True
+
+    def _run_waiting(self) -> None:
+        end = time.monotonic() + _MOST_S
+        with connections.used(self._opened, self._connection):
+            while self._wanted():
+                self._run(self._waiting.popleft())
+                if time.monotonic() > end:
+                    break
+
+    def _run(self, turn: _Turn) -> None:
+        self._running.append(turn)
+        for attempt in range(_TRIES):
+            turn.unit = Unit()
+            self._cursor.execute("SAVEPOINT unit")
+            try:
+                turn.result = turn.context.run(turn.function, turn.unit)
+            except Exception as error:
+                if not self._connection.in_transaction:
+                    raise _AbandonedError from error
+                self._take_back()
+                database_s = isinstance(error, peewee.IntegrityError | peewee.OperationalError)
+                if database_s and connections.is_repeatable(error) and attempt < _TRIES - 1:
+                    continue
+                self._running.remove(turn)
+                turn.refuse(self._refusal(error) if database_s else error)
+                return
+            if turn.unit.rollback:
+                self._take_back()
+                turn.unit = Unit()
+            else:
+                self._cursor.execute("RELEASE unit")
+            return
+
+    def _take_back(self) -> None:
+        self._cursor.execute("ROLLBACK TO unit")
+        self._cursor.execute("RELEASE unit")
+
+    def _after_commit(self, gathered: Unit, error: BaseException | None) -> None:
+        self._commits = False
+        if error is None:
+            self._finish(gathered)
+        else:
+            self._fail(error)
+
+    def _finish(self, gathered: Unit) -> None:
+        turns, self._running = self._running, []
+        for turn in turns:
+            turn.settle()
+        self._committed(gathered)
+        if self._waiting:
+            self._schedule()
+
+    def _fail(self, error: BaseException | None) -> None:
+        """Refuse all units of the transaction: none of them is in the database."""
+        if self._connection.in_transaction:
+            self._cursor.execute("ROLLBACK")
+        assert isinstance(error, Exception)
+        refusal = (
+            self._refusal(error)
+            if isinstance(error, peewee.PeeweeException | sqlite3.Error)
+            else error
+        )
+        turns, self._running = self._running, []
+        for turn in turns:
+            turn.refuse(refusal)
+        if self._waiting:
+            self._schedule()
+
+    def _look(self) -> None:
+        """See the commits of other processes.
+
+        A connection is not told of its own: so the one is asked that this loop's commits go
+        through. Source: https://www.sqlite.org/pragma.html#pragma_data_version. A commit writes to
+        the log beside the file, so nothing is asked while that has not been written to.
+        """
+        if self._closed:
+            return
+        self._look_next = self.loop.call_later(_LOOK_S, self._look)
+        if self._commits:
+            return
+        written = _written(self._log_file)
+        if written is not None and written == self._asked:
+            return
+        # What is written within the same tick of the clock has the same time.
+        settled = written is not None and time.time_ns() - written[0] > _TICK_NS
+        self._asked = written if settled else None
+        version = int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
+        if self._version is not None and version != self._version:
+            self._wake()
+        self._version = version
+
+    def close(self) -> None:
+        """Finish the commit that runs, drop what waits."""
+        self._closed = True
+        self._look_next.cancel()
+        self._thread.shutdown(wait=True)
+        ended = errors.Unavailable("DATABASE_UNAVAILABLE", "this process ends")
+        if not self.loop.is_closed():
+            for turn in self._waiting:
+                turn.refuse(ended)
+        self._waiting.clear()
+        self._connection.close()
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """Return when a file was written to last, and its size."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
