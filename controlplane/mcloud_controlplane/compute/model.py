@@ -8,6 +8,7 @@ import peewee
 
 from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.model import Model
 from mcloud_controlplane.core.tables import JsonField, Resource
 
 QueryT = TypeVar("QueryT")
@@ -39,7 +40,7 @@ class KeyPair(Resource):
 KeyPair.add_index(KeyPair.project_id, KeyPair.name, unique=True)
 
 
-class Quota(peewee.Model):
+class Quota(Model):
     """What a project may have; its row is the lock under which usage is counted."""
 
     project_id = peewee.TextField(primary_key=True)
@@ -97,7 +98,7 @@ Instance.add_index(
 )
 
 
-class Domain(peewee.Model):
+class Domain(Model):
     """One incarnation of an instance on one host. Its row outlives it, marked."""
 
     id = peewee.TextField(primary_key=True)
@@ -160,7 +161,7 @@ class Host(Resource):
 Host.add_index(Host.name, unique=True, where=Host.delete_time.is_null())
 
 
-class Claim(peewee.Model):
+class Claim(Model):
     """Room held on a host for one domain."""
 
     domain_id = peewee.TextField(primary_key=True)
@@ -175,7 +176,7 @@ class Claim(peewee.Model):
         database = database
 
 
-class Placement(peewee.Model):
+class Placement(Model):
     """The explanation of one attempt to find a host."""
 
     domain_id = peewee.TextField()
@@ -189,7 +190,7 @@ class Placement(peewee.Model):
         primary_key = peewee.CompositeKey("domain_id", "attempt")
 
 
-class HostListing(peewee.Model):
+class HostListing(Model):
     """A question to a host: what is on it. The process that has its session answers."""
 
     request_id = peewee.TextField()  # of the questions that were asked together

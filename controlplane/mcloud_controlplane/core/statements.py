@@ -25,7 +25,12 @@ _MOST_SHAPES = 5000
 # Of each kind of node that is known: what of it is part of the text, then what is walked. Of what
 # columns are set to (_ASSIGNED), whatever is no node is one value: a list, too, is a document then.
 _ASSIGNED = ("_update", "_insert")
-_PARTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_Parts = tuple[tuple[str, ...], tuple[str, ...]]
+_SELECT = (
+    "_from_list", "_where", "_group_by", "_having",
+    "_order_by", "_limit", "_offset", "_for_update", "_windows", "_cte_list",
+)  # fmt: skip
+_PARTS: dict[type, _Parts] = {
     peewee.Expression: (("op", "flat"), ("lhs", "rhs")),
     peewee.Negated: ((), ("node",)),
     peewee.Ordering: (("direction", "collation", "nulls"), ("node",)),
@@ -43,12 +48,12 @@ _PARTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "_conflict_target", "_conflict_where", "_conflict_constraint",
         ),
     ),
+    peewee.Select: (
+        ("_simple_distinct", "_alias", "_lateral"), ("_returning", "_distinct", *_SELECT),
+    ),
     peewee.ModelSelect: (
         ("_simple_distinct", "_alias", "_lateral", "_is_default"),
-        (
-            "model", "_returning", "_distinct", "_from_list", "_where", "_group_by", "_having",
-            "_order_by", "_limit", "_offset", "_for_update", "_windows", "_cte_list",
-        ),
+        ("model", "_returning", "_distinct", *_SELECT),
     ),
     peewee.ModelUpdate: (
         (),
@@ -64,6 +69,12 @@ _PARTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (), ("model", "_where", "_order_by", "_limit", "_returning", "_cte_list")
     ),
 }  # fmt: skip
+
+
+# Of a select of every field of a model.
+_EVERY_FIELD: _Parts = (
+    ("_simple_distinct", "_alias", "_lateral", "_is_default"), ("model", "_distinct", *_SELECT),
+)  # fmt: skip
 
 
 class Text(NamedTuple):
@@ -134,6 +145,15 @@ def made(database: Any, query: Any) -> tuple[str, list[Any]] | None:
         assert text.sql == sql, f"{text.sql} is not {sql}"
         assert list(map(_plain, parameters)) == list(map(_plain, theirs)), f"of {sql}"
     return text.sql, parameters
+
+
+def know_select(kind: type) -> None:
+    """Have another kind of select known: with `_is_default`, of all fields of its model."""
+    _PARTS[kind] = _PARTS[peewee.ModelSelect]
+    _SELECTS.add(kind)
+
+
+_SELECTS: set[type] = set()
 
 
 def remember_columns() -> None:
@@ -233,11 +253,18 @@ def _walk(part: Any, values: list[Any]) -> Any:
     known = _PARTS.get(kind)
     if known is not None:
         state = part.__dict__
-        shape = [id(kind)]
+        if kind in _SELECTS and state["_is_default"]:
+            known = _EVERY_FIELD
+        shape: list[Any] = [id(kind)]
         shape += [state[name] for name in known[0]]
         for name in known[1]:
-            walk = _walk_assigned if name in _ASSIGNED else _walk
-            shape.append(walk(state[name], values))
+            value = state[name]
+            if value is None:
+                shape.append(None)
+            elif name in _ASSIGNED:
+                shape.append(_walk_assigned(value, values))
+            else:
+                shape.append(_walk(value, values))
         return tuple(shape)
     if kind is peewee.Value:
         walked = part.values if part.multi else part.value

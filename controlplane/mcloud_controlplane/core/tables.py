@@ -13,6 +13,7 @@ from typing import Any
 import peewee
 
 from mcloud_controlplane.core import database
+from mcloud_controlplane.core.model import Model
 from mcloud_controlplane.core.unit import Unit
 
 SESSION_LEASE_S = 30  # for how long a host counts as connected after it was last heard
@@ -22,7 +23,7 @@ SESSION_LEASE_S = 30  # for how long a host counts as connected after it was las
 HELD = 1 << 62
 
 
-class Deployment(peewee.Model):
+class Deployment(Model):
     """One row: which incarnation of the data this is, and its revision counter."""
 
     id = peewee.IntegerField(primary_key=True, default=1)
@@ -32,7 +33,7 @@ class Deployment(peewee.Model):
     request_key = peewee.TextField()  # of the digests of requests
 
 
-class Change(peewee.Model):
+class Change(Model):
     """The log that watches follow, in the order of commits. Each change has a revision of its own.
 
     The revision counter's row is the last that a transaction locks; with a sequence, watchers on
@@ -52,7 +53,7 @@ class Change(peewee.Model):
         indexes = ((("type", "revision"), False),)
 
 
-class Request(peewee.Model):
+class Request(Model):
     """A mutation that was accepted, so that its repeat finds it."""
 
     project_id = peewee.TextField()
@@ -67,7 +68,7 @@ class Request(peewee.Model):
         primary_key = peewee.CompositeKey("project_id", "principal_id", "method", "request_id")
 
 
-class Operation(peewee.Model):
+class Operation(Model):
     """A receipt; while it runs also the workflow's durable state and lease."""
 
     id = peewee.TextField(primary_key=True)
@@ -100,7 +101,7 @@ class Operation(peewee.Model):
         indexes = ((("state", "lease_expire_time"), False),)
 
 
-class OperationStep(peewee.Model):
+class OperationStep(Model):
     """A row of an operation's trace."""
 
     operation_id = peewee.TextField()
@@ -118,7 +119,7 @@ class OperationStep(peewee.Model):
         primary_key = peewee.CompositeKey("operation_id", "number", "attempt")
 
 
-class Effect(peewee.Model):
+class Effect(Model):
     """What has been seen of the workflows of other databases, for each id that they work with.
 
     The highest lease number, and whether the id is retired (effects.py).
@@ -130,7 +131,7 @@ class Effect(peewee.Model):
     time = peewee.BigIntegerField()
 
 
-class HostSession(peewee.Model):
+class HostSession(Model):
     """Which stream of a host is the current one. Taking it increments the number."""
 
     host_id = peewee.TextField(primary_key=True)
@@ -144,7 +145,7 @@ class HostSession(peewee.Model):
     storage = peewee.BooleanField(default=False)
 
 
-class SchemaMigration(peewee.Model):
+class SchemaMigration(Model):
     """A change of the tables that has run (migrations.py)."""
 
     number = peewee.IntegerField(primary_key=True)
@@ -156,7 +157,7 @@ class SchemaMigration(peewee.Model):
     filled = peewee.BooleanField()
 
 
-class Process(peewee.Model):
+class Process(Model):
     """A process that uses the database (processes.py)."""
 
     id = peewee.TextField(primary_key=True)
@@ -169,7 +170,7 @@ class Process(peewee.Model):
     heartbeat_time = peewee.BigIntegerField()
 
 
-class Lease(peewee.Model):
+class Lease(Model):
     """Which process does a work that one at a time is to do (leases.py)."""
 
     name = peewee.TextField(primary_key=True)
@@ -189,7 +190,7 @@ class JsonField(peewee.TextField):
         return None if value is None else json.loads(value)
 
 
-class Resource(peewee.Model):
+class Resource(Model):
     """The columns behind ResourceMetadata, and the spec as the user gave it.
 
     What is searched, joined or counted has a column of its own in the subclass; `spec` keeps the

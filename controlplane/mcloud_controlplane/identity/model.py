@@ -6,6 +6,7 @@ import peewee
 
 from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.model import Model
 from mcloud_controlplane.core.tables import Resource
 
 database = peewee.DatabaseProxy()
@@ -83,7 +84,7 @@ ApplicationCredential.add_index(
 )
 
 
-class Epoch(peewee.Model):
+class Epoch(Model):
     """How often the tokens of a principal have been revoked; no row means never.
 
     Principals are what tokens rest on: users, projects, role assignments, credentials, hosts.
@@ -98,7 +99,7 @@ class Epoch(peewee.Model):
         database = database
 
 
-class SigningKey(peewee.Model):
+class SigningKey(Model):
     """A key that signs tokens, or did so until a newer one came."""
 
     id = peewee.TextField(primary_key=True)
@@ -111,7 +112,7 @@ class SigningKey(peewee.Model):
         table_name = "signing_key"
 
 
-class Attempt(peewee.Model):
+class Attempt(Model):
     """Failed attempts to log in under a name, whether or not there is such a user."""
 
     name_hash = peewee.TextField(primary_key=True)
@@ -137,7 +138,7 @@ class JoinToken(Resource):
         table_name = "join_token"
 
 
-class Certificate(peewee.Model):
+class Certificate(Model):
     """A certificate that was given to a host."""
 
     serial = peewee.TextField(primary_key=True)  # hexadecimal

@@ -8,13 +8,14 @@ import peewee
 
 from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.model import Model
 from mcloud_controlplane.core.tables import Resource
 
 database = peewee.DatabaseProxy()
 shared = tables.bind(database)
 
 
-class Quota(peewee.Model):
+class Quota(Model):
     """What a project may have; its row is the lock under which usage is counted."""
 
     project_id = peewee.TextField(primary_key=True)
@@ -51,7 +52,7 @@ Image.add_index(Image.visibility)
 Image.add_index(Image.delete_time)
 
 
-class ImageUse(peewee.Model):
+class ImageUse(Model):
     """An instance that was started from an image."""
 
     instance_id = peewee.TextField()

@@ -8,6 +8,7 @@ import peewee
 
 from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.model import Model
 from mcloud_controlplane.core.tables import Resource
 
 QueryT = TypeVar("QueryT")
@@ -16,7 +17,7 @@ database = peewee.DatabaseProxy()
 shared = tables.bind(database)
 
 
-class Quota(peewee.Model):
+class Quota(Model):
     """What a project may have; its row is the lock under which usage is counted."""
 
     project_id = peewee.TextField(primary_key=True)
@@ -59,7 +60,7 @@ class Subnet(Resource):
         database = database
 
 
-class AllocationPool(peewee.Model):
+class AllocationPool(Model):
     """Positions (address_store.py) from which a subnet's addresses are handed out."""
 
     subnet_id = peewee.TextField()
@@ -71,7 +72,7 @@ class AllocationPool(peewee.Model):
         primary_key = peewee.CompositeKey("subnet_id", "first")
 
 
-class Address(peewee.Model):
+class Address(Model):
     """An address that a port has. The key makes it impossible to have one twice."""
 
     subnet_id = peewee.TextField()
@@ -107,7 +108,7 @@ class Port(Resource):
         indexes = ((("network_id", "host_id"), False), (("host_id", "state"), False))
 
 
-class PortGroup(peewee.Model):
+class PortGroup(Model):
     """A port's membership in a security group."""
 
     port_id = peewee.TextField()
@@ -179,7 +180,7 @@ class FloatingIp(Resource):
 FloatingIp.add_index(FloatingIp.port_id, unique=True, where=FloatingIp.port_id != "")
 
 
-class HostDataplane(peewee.Model):
+class HostDataplane(Model):
     """How far a host's dataplane is: which generation it is to have, and which it has."""
 
     host_id = peewee.TextField(primary_key=True)

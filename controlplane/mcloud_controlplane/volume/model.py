@@ -8,13 +8,14 @@ import peewee
 
 from mcloud_controlplane.core import processes, schema, tables
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.core.model import Model
 from mcloud_controlplane.core.tables import JsonField, Resource
 
 database = peewee.DatabaseProxy()
 shared = tables.bind(database)
 
 
-class Quota(peewee.Model):
+class Quota(Model):
     """What a project may have; its row is the lock under which usage is counted."""
 
     project_id = peewee.TextField(primary_key=True)
@@ -25,7 +26,7 @@ class Quota(peewee.Model):
         database = database
 
 
-class StorageHost(peewee.Model):
+class StorageHost(Model):
     """What a host that stores volumes has said of itself; its row is the lock on its room."""
 
     host_id = peewee.TextField(primary_key=True)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcloud_controlplane.core import statements, tables
+from mcloud_controlplane.core.model import Model
 
 database = peewee.DatabaseProxy()
 
@@ -22,7 +23,7 @@ class Thing(tables.Resource):
         database = database
 
 
-class Mark(peewee.Model):
+class Mark(Model):
     thing_id = peewee.TextField()
     word = peewee.TextField()
 
@@ -116,6 +117,51 @@ def test_texts_and_parameters_are_peewees(found: list[Any]) -> None:
         if made is not None:
             assert made[0] == theirs[0]
             assert [_plain(each) for each in made[1]] == [_plain(each) for each in theirs[1]]
+
+
+ROWS = st.fixed_dictionaries(
+    {
+        "name": WORDS,
+        "host_id": WORDS,
+        "size": SIZES,
+        "labels": st.dictionaries(WORDS, WORDS, max_size=2),
+        "spec": st.binary(max_size=2),
+        "delete_time": st.none() | SIZES,
+    }
+)
+
+
+@st.composite
+def selects(draw: st.DrawFn) -> Any:
+    some = [Thing.labels, Thing.id, Thing.spec, Thing.size]
+    fields = draw(st.sampled_from([(), (Thing.id,), some, (Thing.id, Thing.size + 1)]))
+    query = Thing.select(*fields).where(draw(CONDITIONS)).order_by(Thing.id)
+    return query.tuples() if draw(st.booleans()) else query
+
+
+@given(rows=st.lists(ROWS, max_size=4), query=selects())
+@settings(max_examples=200, deadline=None)
+def test_rows_are_peewees(rows: list[dict[str, Any]], query: Any) -> None:
+    opened = peewee.SqliteDatabase(":memory:")
+    database.initialize(opened)
+    opened.create_tables([Thing, Mark])
+    for number, row in enumerate(rows):
+        Thing.create(id=f"t-{number}", create_time=number, update_time=number, **row)
+    theirs = object.__new__(peewee.ModelSelect)
+    theirs.__dict__ = query.clone().__dict__
+    found, expected = list(query), list(theirs)
+    assert [_values(each) for each in found] == [_values(each) for each in expected]
+    assert list(query) == found
+    assert len(query) == len(found)
+    assert query.count() == len(found)
+    assert query.exists() == bool(found)
+    first = query.get_or_none()
+    assert _values(first) == (_values(found[0]) if found else None)
+    opened.close()
+
+
+def _values(row: Any) -> Any:
+    return row if row is None or isinstance(row, tuple) else (type(row), row.__data__, row._dirty)
 
 
 def _plain(parameter: Any) -> Any:

@@ -1,0 +1,155 @@
+"""Tables: peewee's models, with the way that most reads take made short.
+
+Of the time that a row took to be read, SQLite had a tenth. So a select begins as a copy of one that
+was made before; what a row's values are to become is found out once for each selection, and is
+nothing for texts and numbers; and a row becomes an object without a call for each of its columns.
+Selects that join, or that give something else than fields, are read by peewee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self, cast
+
+import peewee
+
+from mcloud_controlplane.core import statements
+
+_AS_THEY_ARE = (peewee.TextField, peewee.IntegerField, peewee.BigIntegerField, peewee.BlobField)
+_MOST_PLANS = 1000
+
+Make = Callable[[Any], Any]  # what a row of the database's becomes
+
+
+class Model(peewee.Model):
+    """A table."""
+
+    @classmethod
+    def select(cls, *fields: Any) -> peewee.ModelSelect[Self]:
+        """Begin a query for rows, with all fields or with these."""
+        if fields:
+            return cast("peewee.ModelSelect[Self]", Select(cls, fields))
+        first = _FIRST.get(cls)
+        if first is None:
+            every = cls._meta.sorted_fields
+            first = _FIRST[cls] = Select(cls, every, is_default=True)
+        return cast("peewee.ModelSelect[Self]", first.clone())
+
+
+class Select(peewee.ModelSelect):
+    """A query for rows of a table."""
+
+    def clone(self) -> Self:
+        """Return a copy, that has not been run."""
+        found = object.__new__(type(self))
+        state = found.__dict__ = self.__dict__.copy()
+        state["_cursor_wrapper"] = None
+        state["_from_list"] = list(state["_from_list"])
+        state["_joins"] = {source: list(joins) for source, joins in state["_joins"].items()}
+        return found
+
+    def get(self, database: Any = None) -> Any:
+        """Return the first row.
+
+        Raises:
+            peewee.DoesNotExist: of the model.
+        """
+        query = self.clone()
+        query.__dict__["_limit"] = 1
+        rows = query.execute(database)
+        if not rows:
+            model: Any = self.model
+            raise model.DoesNotExist(f"no such row of {model.__name__}")
+        return rows[0]
+
+    def _execute(self, database: Any) -> Any:
+        state = self.__dict__
+        if state["_cursor_wrapper"] is not None:
+            return state["_cursor_wrapper"]
+        make = _plan(state)
+        if make is None:
+            return super()._execute(database)  # type: ignore[misc]
+        rows = state["_cursor_wrapper"] = _Rows(map(make, database.execute(self).fetchall()))
+        return rows
+
+
+class _Rows(list[Any]):
+    """What a query has found, as peewee asks for it."""
+
+    def fill_cache(self, count: float = 0) -> None:
+        """Have everything: it is there."""
+
+    @property
+    def row_cache(self) -> list[Any]:
+        return self
+
+    def iterator(self) -> Iterator[Any]:
+        return iter(self)
+
+
+_FIRST: dict[type, Select] = {}
+_PLANS: dict[Any, tuple[Make | None, list[Any]]] = {}
+
+
+def _plan(state: dict[str, Any]) -> Make | None:
+    """Return what a row becomes; None: peewee is to find that out."""
+    if state["_joins"] or len(state["_from_list"]) != 1 or state.get("_load_tree"):
+        return None
+    model, fields, kind = state["model"], state["_returning"], state["_row_type"]
+    key = (model, kind, None if state["_is_default"] else tuple([id(each) for each in fields]))
+    found = _PLANS.get(key)
+    if found is None:
+        if len(_PLANS) > _MOST_PLANS:
+            _PLANS.clear()
+        # The fields are kept: an id is that of one object while it lives.
+        found = _PLANS[key] = (_planned(model, fields, kind), list(fields))
+    return found[0]
+
+
+def _planned(model: Any, fields: Any, kind: Any) -> Make | None:
+    plain = all(isinstance(each, peewee.Field) and _is_plain(each, model) for each in fields)
+    if not plain or kind not in (None, peewee.ROW.MODEL, peewee.ROW.TUPLE):
+        return None
+    names = [each.name for each in fields]
+    converters = [
+        (index, each.python_value)
+        for index, each in enumerate(fields)
+        if type(each) not in _AS_THEY_ARE
+    ]
+    if kind == peewee.ROW.TUPLE:
+        return _tuples(converters)
+    return _objects(model, names, converters)
+
+
+def _is_plain(field: Any, model: Any) -> bool:
+    return field.model is model and field._coerce
+
+
+def _tuples(converters: list[tuple[int, Make]]) -> Make:
+    if not converters:
+        return tuple
+
+    def make(row: Any) -> Any:
+        values = list(row)
+        for index, convert in converters:
+            values[index] = convert(values[index])
+        return tuple(values)
+
+    return make
+
+
+def _objects(model: Any, names: list[str], converters: list[tuple[int, Make]]) -> Make:
+    named = [(names[index], convert) for index, convert in converters]
+
+    def make(row: Any) -> Any:
+        found = object.__new__(model)
+        data = dict(zip(names, row, strict=True))
+        for name, convert in named:
+            data[name] = convert(data[name])
+        found.__dict__.update(__data__=data, __rel__={}, _dirty=set())
+        return found
+
+    return make
+
+
+statements.know_select(Select)
