@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.rpc import status_pb2
@@ -65,26 +65,30 @@ def _is_asked() -> Any:
 
 def _desired(condition: Any) -> dict[str, list[session_pb2.Desired]]:
     """Return what is desired of domains, by host."""
-    query = (
-        Domain.select(Domain, Instance.power_state)
+    query: Any = (
+        Domain.select(
+            Domain.host_id,
+            Domain.id,
+            Domain.generation,
+            Domain.absent,
+            Domain.instance_id,
+            Instance.power_state,
+        )
         .join(
             Instance,
             JOIN.LEFT_OUTER,  # tombstones may be of what no instance names (repair_store.py)
             on=(Instance.id == Domain.instance_id),
-            attr="instance",
         )
         .where(condition & _is_asked() & (Domain.absent | Instance.id.is_null(False)))
         .order_by(Domain.create_time)
     )
-    rows: Iterable[Any] = query
     found: dict[str, list[session_pb2.Desired]] = {}
-    for row in rows:
+    for host_id, id_, generation, absent, instance_id, power_state in query.tuples():
         spec = None
-        if not row.absent:
-            power = contract.enum_value(row.instance.power_state, domain_pb2.PowerState)
-            spec = domain_pb2.DomainDesired(instance_id=row.instance_id, power_state=power)
-        desired = sessions.desired(row.id, row.generation, spec)
-        found.setdefault(row.host_id, []).append(desired)
+        if not absent:
+            power = contract.enum_value(power_state, domain_pb2.PowerState)
+            spec = domain_pb2.DomainDesired(instance_id=instance_id, power_state=power)
+        found.setdefault(host_id, []).append(sessions.desired(id_, generation, spec))
     return found
 
 
@@ -324,12 +328,7 @@ def domain_spec(
         raise errors.WrongState(
             "STALE_EPOCH", "the control plane was restored; begin a new session"
         )
-    row = (
-        Domain.select(Domain, Host.availability_zone)
-        .join(Host, on=(Host.id == Domain.host_id), attr="host")
-        .where((Domain.id == request.domain_id) & (Domain.host_id == host_id))
-        .first()
-    )
+    row = Domain.get_or_none((Domain.id == request.domain_id) & (Domain.host_id == host_id))
     if row is None:
         raise errors.NotFound("DOMAIN_NOT_FOUND", f"there is no domain {request.domain_id} here")
     if row.absent:
@@ -381,7 +380,7 @@ def domain_spec(
             public_keys=keys,
             metadata=dict(spec.guest_metadata),
             user_data=spec.user_data,
-            availability_zone=row.host.availability_zone,
+            availability_zone=Host.get_by_id(host_id).availability_zone,
             config_drive=spec.config_drive,
             project_id=instance.project_id,
             flavor_name=instance.flavor_name,

@@ -65,6 +65,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._limits = limits
         self._internal = internal
         self._is_revoked = is_revoked
+        self._guarded_handlers: dict[str, Any] = {}  # by method; each is made once
 
     async def intercept_service(
         self,
@@ -72,6 +73,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wrap the method's handler."""
+        known = self._guarded_handlers.get(details.method)
+        if known is not None:
+            return known
         handler = await continuation(details)
         if handler is None:
             return handler
@@ -80,7 +84,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = contract.method(details.method)
         if method is None:
             return handler
-        return self._guarded(handler, method, details.method.lstrip("/"))
+        found = self._guarded(handler, method, details.method.lstrip("/"))
+        self._guarded_handlers[details.method] = found
+        return found
 
     def _bounded(self, handler: Any) -> Any:
         """Bound the streams of what is offered to anyone: health, reflection."""

@@ -3,7 +3,7 @@
 Of the time that a row took to be read, SQLite had a tenth. So a select begins as a copy of one that
 was made before; what a row's values are to become is found out once for each selection, and is
 nothing for texts and numbers; and a row becomes an object without a call for each of its columns.
-Selects that join, or that give something else than fields, are read by peewee.
+Objects of several tables, and what is no field, are read by peewee.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ _PLANS: dict[Any, tuple[Make | None, list[Any]]] = {}
 
 def _plan(state: dict[str, Any]) -> Make | None:
     """Return what a row becomes; None: peewee is to find that out."""
-    if state["_joins"] or len(state["_from_list"]) != 1 or state.get("_load_tree"):
-        return None
     model, fields, kind = state["model"], state["_returning"], state["_row_type"]
+    if kind != peewee.ROW.TUPLE and (state["_joins"] or state.get("_load_tree")):
+        return None
     key = (model, kind, None if state["_is_default"] else tuple([id(each) for each in fields]))
     found = _PLANS.get(key)
     if found is None:
@@ -107,10 +107,8 @@ def _plan(state: dict[str, Any]) -> Make | None:
 
 
 def _planned(model: Any, fields: Any, kind: Any) -> Make | None:
-    plain = all(isinstance(each, peewee.Field) and _is_plain(each, model) for each in fields)
-    if not plain or kind not in (None, peewee.ROW.MODEL, peewee.ROW.TUPLE):
+    if not all(_is_plain(each) for each in fields):
         return None
-    names = [each.name for each in fields]
     converters = [
         (index, each.python_value)
         for index, each in enumerate(fields)
@@ -118,11 +116,13 @@ def _planned(model: Any, fields: Any, kind: Any) -> Make | None:
     ]
     if kind == peewee.ROW.TUPLE:
         return _tuples(converters)
-    return _objects(model, names, converters)
+    if kind not in (None, peewee.ROW.MODEL) or any(each.model is not model for each in fields):
+        return None
+    return _objects(model, [each.name for each in fields], converters)
 
 
-def _is_plain(field: Any, model: Any) -> bool:
-    return field.model is model and field._coerce
+def _is_plain(node: Any) -> bool:
+    return isinstance(node, peewee.Field) and bool(node._coerce)  # type: ignore[attr-defined]
 
 
 def _tuples(converters: list[tuple[int, Make]]) -> Make:

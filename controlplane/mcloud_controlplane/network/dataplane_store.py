@@ -29,7 +29,7 @@ from mcloud_controlplane.network.model import (
 )
 from mcloud_controlplane.network.model import database as opened
 
-_BUMPED_AT_ONCE = 50
+_AT_ONCE = 50  # rows in a statement
 _BUMPED = Kept(
     lambda *rows: (
         HostDataplane.insert_many(rows, fields=[HostDataplane.host_id])
@@ -38,6 +38,19 @@ _BUMPED = Kept(
             update={HostDataplane.generation: HostDataplane.generation + 1},
         )
         .returning(HostDataplane.host_id, HostDataplane.generation)
+    )
+)
+_REPORTED = (
+    HostDataplane.host_id,
+    HostDataplane.observed_generation,
+    HostDataplane.incarnation,
+    HostDataplane.sequence,
+    HostDataplane.error,
+)
+_RECORDED = Kept(
+    lambda *rows: HostDataplane.insert_many(rows, fields=_REPORTED).on_conflict(
+        conflict_target=[HostDataplane.host_id],
+        update={field: getattr(peewee.EXCLUDED, field.name) for field in _REPORTED[1:]},
     )
 )
 
@@ -49,7 +62,7 @@ def bump(host_ids: Iterable[str]) -> dict[str, int]:
     if not found:
         return {}
     generations: dict[str, int] = {}
-    for some in peewee.chunked(found, _BUMPED_AT_ONCE):
+    for some in peewee.chunked(found, _AT_ONCE):
         generations |= _BUMPED.run(opened, *[[id_] for id_ in some])
     # One line for all: it wakes the streams, which look for themselves. A line for each would be
     # most of the log where many hosts share a network.
@@ -62,20 +75,19 @@ def hosts_of_networks(network_ids: Sequence[str]) -> set[str]:
     query = Port.select(Port.host_id).where(
         Port.network_id.in_(list(network_ids)) & (Port.host_id != "")
     )
-    return {row.host_id for row in query.distinct()}
+    return _found(query)
 
 
 def _networks_of(host_id: str) -> set[str]:
     """Return the networks on which a host has ports."""
-    query = Port.select(Port.network_id).where(Port.host_id == host_id)
-    return {row.network_id for row in query.distinct()}
+    return _found(Port.select(Port.network_id).where(Port.host_id == host_id))
 
 
 def hosts_of_groups(group_ids: Sequence[str]) -> set[str]:
     """Return the hosts that have ports in these security groups."""
     query = Port.select(Port.host_id).join(PortGroup, on=(PortGroup.port_id == Port.id))
     condition = PortGroup.security_group_id.in_(list(group_ids)) & (Port.host_id != "")
-    return {row.host_id for row in query.where(condition).distinct()}
+    return _found(query.where(condition))
 
 
 def hosts_following(group_ids: Sequence[str]) -> set[str]:
@@ -83,13 +95,18 @@ def hosts_following(group_ids: Sequence[str]) -> set[str]:
     naming = SecurityGroupRule.select(SecurityGroupRule.security_group_id).where(
         SecurityGroupRule.remote_group_id.in_(list(group_ids))
     )
-    return hosts_of_groups([row.security_group_id for row in naming.distinct()])
+    return hosts_of_groups(sorted(_found(naming)))
+
+
+def _found(query: Any) -> set[str]:
+    """Return the values of a query for one column."""
+    return {value for (value,) in query.distinct().tuples()}
 
 
 def groups_of(port_id: str) -> list[str]:
     """Return the security groups that a port is in."""
-    query = PortGroup.select().where(PortGroup.port_id == port_id)
-    return [row.security_group_id for row in query.order_by(PortGroup.security_group_id)]
+    query: Any = PortGroup.select(PortGroup.security_group_id).where(PortGroup.port_id == port_id)
+    return [id_ for (id_,) in query.order_by(PortGroup.security_group_id).tuples()]
 
 
 def hosts_of_port(port: Port, groups: Sequence[str]) -> set[str]:
@@ -171,26 +188,26 @@ class Source:
         in_the_making = Port.host_id.in_(hosts) & (Port.state == "BUILD")
         ports = list(locked(Port.select().where(in_the_making).order_by(Port.id)))
         dataplanes = _lock_dataplanes(hosts)
+        newer: dict[str, HostDataplane] = {}
         for report in told:
             row = dataplanes[report.host_id]
-            if _record(row, report.incarnation, report.observed, epoch):
-                _activate(row, ports)
+            if _takes(row, report.incarnation, report.observed, epoch):
+                newer[row.host_id] = row
+        for some in peewee.chunked(newer.values(), _AT_ONCE):
+            values = [[getattr(row, field.name) for field in _REPORTED] for row in some]
+            _RECORDED.run(opened, *values)
+        for row in newer.values():
+            _activate(row, ports)
 
 
-def _record(row: HostDataplane, incarnation: int, report: session_pb2.Observed, epoch: str) -> bool:
-    """Record a report; False: what is known is as new."""
+def _takes(row: HostDataplane, incarnation: int, report: session_pb2.Observed, epoch: str) -> bool:
+    """Have a row say what is reported; False: what it says is as new."""
     if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
         return False
     # A number of another epoch says nothing about this one's.
     row.observed_generation = report.generation if report.epoch == epoch else 0
     row.incarnation, row.sequence = incarnation, report.sequence
     row.error = report.error.SerializeToString() if report.HasField("error") else None
-    HostDataplane.update(
-        observed_generation=row.observed_generation,
-        incarnation=row.incarnation,
-        sequence=row.sequence,
-        error=row.error,
-    ).where(HostDataplane.host_id == row.host_id).execute()
     return True
 
 

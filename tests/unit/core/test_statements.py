@@ -135,6 +135,9 @@ ROWS = st.fixed_dictionaries(
 def selects(draw: st.DrawFn) -> Any:
     some = [Thing.labels, Thing.id, Thing.spec, Thing.size]
     fields = draw(st.sampled_from([(), (Thing.id,), some, (Thing.id, Thing.size + 1)]))
+    if draw(st.booleans()):
+        joined = Thing.select(Mark.word, Thing.labels).join(Mark, on=Mark.thing_id == Thing.id)
+        return joined.where(draw(CONDITIONS)).order_by(Thing.id, Mark.word).tuples()
     query = Thing.select(*fields).where(draw(CONDITIONS)).order_by(Thing.id)
     return query.tuples() if draw(st.booleans()) else query
 
@@ -147,6 +150,7 @@ def test_rows_are_peewees(rows: list[dict[str, Any]], query: Any) -> None:
     opened.create_tables([Thing, Mark])
     for number, row in enumerate(rows):
         Thing.create(id=f"t-{number}", create_time=number, update_time=number, **row)
+        Mark.insert_many([(f"t-{number}", word) for word in "ab"]).execute()
     theirs = object.__new__(peewee.ModelSelect)
     theirs.__dict__ = query.clone().__dict__
     found, expected = list(query), list(theirs)
