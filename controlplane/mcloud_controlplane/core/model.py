@@ -8,7 +8,7 @@ Objects of several tables, and what is no field, are read by peewee.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, cast
 
 import peewee
@@ -34,6 +34,28 @@ class Model(peewee.Model):
             every = cls._meta.sorted_fields
             first = _FIRST[cls] = Select(cls, every, is_default=True)
         return cast("peewee.ModelSelect[Self]", first.clone())
+
+    def save(self, force_insert: bool = False, only: Any = None) -> Any:
+        """Write the row, whole; return how many were written."""
+        row: Any = self
+        kind: Any = type(self)
+        data: dict[str, Any] = row.__data__
+        key = kind._meta.primary_key
+        if (
+            only is not None
+            or kind._meta.auto_increment
+            or kind._meta.composite_key
+            or data.get(key.name) is None
+            or any(isinstance(value, peewee.Node) for value in data.values())
+        ):
+            return super().save(force_insert=force_insert, only=only)
+        names = tuple(data)
+        kept = _SAVES.get((kind, names, force_insert))
+        if kept is None:
+            kept = _SAVES[kind, names, force_insert] = _saving(kind, names, force_insert)
+        cursor = kept.cursor(kind._meta.database, list(data.values()), [data[key.name]])
+        row._dirty.clear()
+        return cursor.rowcount
 
 
 class Select(peewee.ModelSelect):
@@ -87,6 +109,22 @@ class _Rows(list[Any]):
         return iter(self)
 
 
+def _saving(kind: Any, names: Sequence[str], inserts: bool) -> statements.Kept:
+    """Return the statement that writes these columns of a row, given their values and the key's."""
+    fields = [kind._meta.fields[name] for name in names]
+    key = kind._meta.primary_key
+
+    def build(values: Sequence[Any], keys: Sequence[Any]) -> Any:
+        row = dict(zip(fields, values, strict=True))
+        if inserts:
+            return kind.insert(row)
+        del row[key]
+        return kind.update(row).where(key == keys[0])
+
+    return statements.Kept(build)
+
+
+_SAVES: dict[tuple[type, tuple[str, ...], bool], statements.Kept] = {}
 _FIRST: dict[type, Select] = {}
 _PLANS: dict[Any, tuple[Make | None, list[Any]]] = {}
 

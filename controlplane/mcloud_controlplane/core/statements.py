@@ -203,13 +203,17 @@ class Kept:
 
     def run(self, database: Any, *lists: Sequence[Any]) -> list[Any]:
         """Run it with these values; return the rows as they are in the database."""
+        cursor = self.cursor(database, *lists)
+        return list(cursor.fetchall()) if cursor.description else []
+
+    def cursor(self, database: Any, *lists: Sequence[Any]) -> Any:
+        """Run it with these values; return the driver's cursor."""
         shape = (database.param, *map(len, lists))
         text = self._texts.get(shape)
         if text is None:
             text = self._texts[shape] = self._make(database, lists)
         values = [*itertools.chain.from_iterable(lists)]
-        cursor = database.execute_sql(text.sql, _parameters(text, values))
-        return list(cursor.fetchall()) if cursor.description else []
+        return database.execute_sql(text.sql, _parameters(text, values))
 
     def _make(self, database: Any, lists: Sequence[Sequence[Any]]) -> Text:
         numbers = itertools.count()
@@ -281,7 +285,15 @@ def _walk(part: Any, values: list[Any]) -> Any:
 def _walk_assigned(part: Any, values: list[Any]) -> Any:
     """Return the shape of what columns are set to: of a row by column, or of rows."""
     if isinstance(part, dict):
-        return ("row", *[(_walk_key(key), _walk_one(each, values)) for key, each in part.items()])
+        shape: list[Any] = ["row"]
+        for key, each in part.items():
+            shape.append(id(key) if type(key) in _FIELDS else _walk_key(key))
+            if each is None or isinstance(each, peewee.Node):
+                shape.append(_walk(each, values))
+            else:
+                values.append(each)
+                shape.append(0)
+        return tuple(shape)
     if isinstance(part, list) and all(isinstance(row, dict | tuple) for row in part):
         if len(part) > MOST_ROWS:
             raise _UnknownError

@@ -164,6 +164,29 @@ def test_rows_are_peewees(rows: list[dict[str, Any]], query: Any) -> None:
     opened.close()
 
 
+@given(before=ROWS, after=ROWS)
+@settings(max_examples=50, deadline=None)
+def test_saved_rows_are_read_again(before: dict[str, Any], after: dict[str, Any]) -> None:
+    opened = peewee.SqliteDatabase(":memory:")
+    database.initialize(opened)
+    opened.create_tables([Thing])
+    Thing.create(id="other", create_time=1, update_time=1)
+    row = Thing.create(id="t-1", create_time=1, update_time=1, **before)
+    assert _values(Thing.get_by_id("t-1")) == _values(row)
+    for name, value in after.items():
+        setattr(row, name, value)
+    assert row.save() == 1
+    found = Thing.get_by_id("t-1")
+    assert {name: getattr(found, name) for name in after} == after
+    assert found.version == 1
+    with pytest.raises(peewee.IntegrityError):
+        Thing.create(id="t-1", create_time=1, update_time=1)
+    found.id = "gone"
+    assert found.save() == 0
+    assert (Thing.get_by_id("other").name, Thing.get_by_id("other").labels) == ("", {})
+    opened.close()
+
+
 def _values(row: Any) -> Any:
     return row if row is None or isinstance(row, tuple) else (type(row), row.__data__, row._dirty)
 
