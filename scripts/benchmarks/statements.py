@@ -1,9 +1,9 @@
 """What a boot with a NIC costs the databases: SQL statements, transactions, fsyncs.
 
 Counted where the control plane gives statements to its driver (counted.py), so alike for both
-databases; BEGIN and the like are no statements, a COMMIT is a transaction, of reading ones too.
-What the same control plane does at rest in that time is taken off. fsyncs are the kernel's count
-for SQLite (`perf`; left out where there is none), and PostgreSQL's own for its log.
+databases; BEGIN and the like are no statements, a COMMIT is a transaction. What the same control
+plane does at rest in that time is taken off. fsyncs are the kernel's count for SQLite (`perf`; left
+out where there is none), and PostgreSQL's own for its log.
 """
 
 from __future__ import annotations

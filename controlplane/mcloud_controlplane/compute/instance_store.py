@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
+from peewee import JOIN
 
 from mcloud.compute.v1 import (
     flavor_pb2,
@@ -34,16 +35,19 @@ _LAST_DEVICE = ord("z")
 
 
 def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
-    """Return instances' rows as messages, in two statements for any number of them."""
-    found = list({row.host_id for row in rows if row.host_id})
-    named: Any = Host.select(Host.id, Host.name).where(Host.id.in_(found))
-    hosts: dict[str, str] = dict(named.tuples())
+    """Return instances' rows as messages, in one statement for any number of them."""
     sessions = shared.host_session
-    unheard: Any = sessions.select(sessions.host_id).where(
-        sessions.host_id.in_(found) & ~shared.connected()
+    query: Any = (
+        Host.select(Host.id, Host.name, sessions.lease_expire_time)
+        .join(sessions, JOIN.LEFT_OUTER, on=(sessions.host_id == Host.id))
+        .where(Host.id.in_(list({row.host_id for row in rows if row.host_id})))
     )
-    silent = {host_id for (host_id,) in unheard.tuples()}
-    return [_message(row, hosts.get(row.host_id, ""), row.host_id in silent) for row in rows]
+    moment = database.now()
+    hosts: dict[str, tuple[str, bool]] = {
+        id_: (name, end is not None and not tables.is_connected(end, moment))
+        for id_, name, end in query.tuples()
+    }
+    return [_message(row, *hosts.get(row.host_id, ("", False))) for row in rows]
 
 
 def get_message(id_: str) -> instance_pb2.Instance:

@@ -101,7 +101,7 @@ class Call:
     receive_time: int
     authorize_start_time: int = 0
     authorize_end_time: int = 0
-    trace_id: str = ""
+    trace_id: str = ""  # of the caller; empty: it has none
     trailing: list[tuple[str, str | bytes]] = field(default_factory=list)
 
     def hand_over(self, step: operation_pb2.OperationStep) -> None:

@@ -96,6 +96,20 @@ def used(database: peewee.SqliteDatabase, connection: sqlite3.Connection) -> Ite
         state.closed, state.conn, state.transactions = own
 
 
+@contextmanager
+def snapshot(database: peewee.Database) -> Iterator[None]:
+    """Have what this thread's connection to SQLite reads be of one moment."""
+    connection: sqlite3.Connection = database.connection()  # type: ignore[no-untyped-call]
+    if connection.in_transaction:  # of a unit around this one
+        yield
+        return
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")  # nothing was written
+
+
 def close_all(database: peewee.Database) -> None:
     """Close the connections of all threads."""
     for connection in _connections.pop(id(database), []):

@@ -333,7 +333,7 @@ class Database:
         return shutil.disk_usage(Path(urlsplit(self.url).path).parent).free < _FULL_BYTES
 
     def _snapshot(self) -> Any:
-        return nullcontext() if self.is_postgresql else self.peewee.atomic()
+        return nullcontext() if self.is_postgresql else connections.snapshot(self.peewee)
 
     def _transaction(self) -> Any:
         return (

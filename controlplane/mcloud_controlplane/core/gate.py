@@ -318,11 +318,11 @@ def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | No
 
 
 def _trace_id(traceparent: str) -> str:
-    """Return the trace id of a W3C traceparent, or a new one."""
+    """Return the trace id of a W3C traceparent, if it is one."""
     parts = traceparent.split("-")
     if len(parts) == 4 and len(parts[1]) == 32 and set(parts[1]) <= set("0123456789abcdef"):
         return parts[1]
-    return secrets.token_hex(16)
+    return ""
 
 
 _certificates: dict[bytes, auth.Certificate] = {}

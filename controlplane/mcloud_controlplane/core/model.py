@@ -41,19 +41,16 @@ class Model(peewee.Model):
         kind: Any = type(self)
         data: dict[str, Any] = row.__data__
         key = kind._meta.primary_key
-        if (
-            only is not None
-            or kind._meta.auto_increment
-            or kind._meta.composite_key
-            or data.get(key.name) is None
-            or any(isinstance(value, peewee.Node) for value in data.values())
-        ):
+        keyed = force_insert or not kind._meta.composite_key and data.get(key.name) is not None
+        computed = any(isinstance(value, peewee.Node) for value in data.values())
+        if only is not None or kind._meta.auto_increment or not keyed or computed:
             return super().save(force_insert=force_insert, only=only)
         names = tuple(data)
         kept = _SAVES.get((kind, names, force_insert))
         if kept is None:
             kept = _SAVES[kind, names, force_insert] = _saving(kind, names, force_insert)
-        cursor = kept.cursor(kind._meta.database, list(data.values()), [data[key.name]])
+        keys = [] if force_insert else [data[key.name]]
+        cursor = kept.cursor(kind._meta.database, list(data.values()), keys)
         row._dirty.clear()
         return cursor.rowcount
 

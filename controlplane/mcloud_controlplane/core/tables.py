@@ -209,6 +209,15 @@ class Resource(Model):
     spec = peewee.BlobField(default=b"")
 
 
+# A lease that ends later than any that is given now was given before the clock was set back.
+_LONGEST = 2 * SESSION_LEASE_S * 1_000_000
+
+
+def is_connected(end: int, moment: int) -> bool:
+    """Tell whether a host renews its session, whose lease ends then."""
+    return moment < end < moment + _LONGEST
+
+
 @dataclass(frozen=True)
 class Tables:
     """The shared tables of one database."""
@@ -239,14 +248,10 @@ class Tables:
         return int(revision)
 
     def connected(self) -> Any:
-        """Return the condition on sessions that their hosts renew them. Within a unit.
-
-        A lease that ends later than any that is given now was given before the clock was set back.
-        """
+        """Return the condition on sessions that their hosts renew them. Within a unit."""
         moment = database.now()
-        longest = 2 * SESSION_LEASE_S * 1_000_000
         end = self.host_session.lease_expire_time
-        return (end > moment) & (end < moment + longest)
+        return (end > moment) & (end < moment + _LONGEST)
 
     def log_changes(self, unit: Unit, notice: str | None) -> None:
         """Write what a unit changed under the next revisions; its transaction's last writes.

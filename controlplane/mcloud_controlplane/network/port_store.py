@@ -165,21 +165,21 @@ def insert_for_service(
 
 
 def _mac(wanted: str) -> str:
-    """Return an Ethernet address that is free: the one wanted, or any.
+    """Return an Ethernet address: the one wanted, if it is free, or any.
+
+    Any is as good as free: there are 16 million, and if it is not, the unit is run again.
 
     Raises:
         errors.AlreadyExists: MAC_IN_USE.
         errors.InvalidArgument: BAD_FIELD, it is a group's.
     """
-    if wanted and int(wanted[:2], 16) & 1:
+    if not wanted:
+        return ":".join([_MAC_PREFIX, *(f"{octet:02x}" for octet in secrets.token_bytes(3))])
+    if int(wanted[:2], 16) & 1:
         raise errors.bad_field("spec.mac", "must be an address of one interface, not of a group")
-    while True:
-        tail = secrets.token_bytes(3)
-        mac = wanted or ":".join([_MAC_PREFIX, *(f"{octet:02x}" for octet in tail)])
-        if not Port.select().where(Port.mac == mac).exists():
-            return mac
-        if wanted:
-            raise errors.AlreadyExists("MAC_IN_USE", f"another port has {mac}", mac=mac)
+    if Port.select().where(Port.mac == wanted).exists():
+        raise errors.AlreadyExists("MAC_IN_USE", f"another port has {wanted}", mac=wanted)
+    return wanted
 
 
 def _join_groups(row: Port, group_ids: Sequence[str]) -> None:
