@@ -21,6 +21,7 @@ from mcloud_base import errors, ids
 from mcloud_controlplane.compute import flavor_store, key_pair_store, quota_store
 from mcloud_controlplane.compute.model import Domain, Host, Instance, Placement, locked, shared
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.mutation import Mutation
 
 State = instance_pb2.InstanceStatus.State
@@ -34,18 +35,23 @@ _LAST_DEVICE = ord("z")
 # -- reading ---------------------------------------------------------------------------------------
 
 
+def _hosts(ids: Sequence[str]) -> Any:
+    sessions = shared.host_session
+    query = Host.select(Host.id, Host.name, sessions.lease_expire_time)
+    joined = query.join(sessions, JOIN.LEFT_OUTER, on=(sessions.host_id == Host.id))
+    return joined.where(Host.id.in_(ids)).tuples()
+
+
+_HOSTS = Prepared(Host, _hosts)
+
+
 def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
     """Return instances' rows as messages, in one statement for any number of them."""
-    sessions = shared.host_session
-    query: Any = (
-        Host.select(Host.id, Host.name, sessions.lease_expire_time)
-        .join(sessions, JOIN.LEFT_OUTER, on=(sessions.host_id == Host.id))
-        .where(Host.id.in_(list({row.host_id for row in rows if row.host_id})))
-    )
+    found = {row.host_id for row in rows if row.host_id}
     moment = database.now()
     hosts: dict[str, tuple[str, bool]] = {
         id_: (name, end is not None and not tables.is_connected(end, moment))
-        for id_, name, end in query.tuples()
+        for id_, name, end in (_HOSTS.rows(sorted(found)) if found else ())
     }
     return [_message(row, *hosts.get(row.host_id, ("", False))) for row in rows]
 
@@ -111,8 +117,11 @@ def get(caller: auth.Caller, id_: str, *, deleted: bool = False, lock: bool = Fa
     Raises:
         errors.NotFound: INSTANCE_NOT_FOUND.
     """
-    query = Instance.select().where(Instance.id == id_)
-    row: Instance | None = (locked(query) if lock else query).first()
+    row: Instance | None = None
+    if lock:
+        row = locked(Instance.select().where(Instance.id == id_)).first()
+    else:
+        row = Instance.find(id_)
     if row is None or not caller.sees(row.project_id) or (row.delete_time and not deleted):
         raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
     return row
@@ -349,7 +358,7 @@ def delete(
         return messages([row])[0]
     job: dict[str, Any] = {"preempted": preempted, "domain_id": row.domain_id}
     if preempted:
-        earlier = table.get_or_none(table.id == preempted)
+        earlier = table.find(preempted)
         if earlier is not None:
             job["domain_id"] = json.loads(earlier.job).get("domain_id", row.domain_id)
         table.update(cancel_requested=True, not_before=0).where(

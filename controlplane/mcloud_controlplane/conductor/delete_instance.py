@@ -80,5 +80,5 @@ class DeleteInstance:
 
 
 def _has_ended(operation_id: str) -> bool | None:
-    row = shared.operation.get_or_none(shared.operation.id == operation_id)
+    row = shared.operation.find(operation_id)
     return True if row is None or row.state in _ENDED else None

@@ -23,7 +23,7 @@ def is_worked_on(instance_id: str) -> bool:
 
 def find_instance(id_: str) -> Instance | None:
     """Return an instance's row, also a deleted one's."""
-    return Instance.get_or_none(Instance.id == id_)
+    return Instance.find(id_)
 
 
 def has_claim(domain_id: str) -> bool:

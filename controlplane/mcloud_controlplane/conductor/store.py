@@ -209,7 +209,7 @@ def get_instance(id_: str) -> Instance:
 
 def find_domain(id_: str) -> Domain | None:
     """Return a domain's row."""
-    return Domain.get_or_none(Domain.id == id_)
+    return Domain.find(id_)
 
 
 def domain_error(row: Domain) -> errors.Error | None:

@@ -17,6 +17,7 @@ from mcloud_controlplane.core import statements
 
 _AS_THEY_ARE = (peewee.TextField, peewee.IntegerField, peewee.BigIntegerField, peewee.BlobField)
 _MOST_PLANS = 1000
+_MOST_VALUES = 50  # of a query that is built once
 
 Make = Callable[[Any], Any]  # what a row of the database's becomes
 
@@ -34,6 +35,29 @@ class Model(peewee.Model):
             every = cls._meta.sorted_fields
             first = _FIRST[cls] = Select(cls, every, is_default=True)
         return cast("peewee.ModelSelect[Self]", first.clone())
+
+    @classmethod
+    def get_by_id(cls, pk: Any) -> Self:
+        """Return a row by its key.
+
+        Raises:
+            peewee.DoesNotExist: of the model.
+        """
+        found = cls.find(pk)
+        if found is None:
+            model: Any = cls
+            raise model.DoesNotExist(f"no such row of {model.__name__}")
+        return found
+
+    @classmethod
+    def find(cls, pk: Any) -> Self | None:
+        """Return a row by its key, or None."""
+        query = _BY_KEY.get(cls)
+        if query is None:
+            key: Any = cls._meta.primary_key
+            query = _BY_KEY[cls] = Prepared(cls, lambda keys: cls.select().where(key == keys[0]))
+        rows: list[Self] = query.rows([pk])
+        return rows[0] if rows else None
 
     def save(self, force_insert: bool = False, only: Any = None) -> Any:
         """Write the row, whole; return how many were written."""
@@ -92,6 +116,29 @@ class Select(peewee.ModelSelect):
         return rows
 
 
+class Prepared:
+    """A select of the busiest paths, that is built once for each number of values.
+
+    Args:
+        model: whose rows it reads.
+        build: makes the query of lists of values.
+    """
+
+    def __init__(self, model: Any, build: Callable[..., Any]) -> None:
+        self._model = model
+        self._build = build
+        self._kept = statements.Kept(build)
+
+    def rows(self, *lists: Sequence[Any]) -> list[Any]:
+        """Return what it finds for these values."""
+        if sum(map(len, lists)) > _MOST_VALUES:  # a text for each number would be too many
+            return list(self._build(*lists))
+        database = self._model._meta.database
+        make = _plan(self._kept.text(database, lists).query.__dict__)
+        assert make is not None, "peewee would have to read it"
+        return list(map(make, self._kept.cursor(database, *lists).fetchall()))
+
+
 class _Rows(list[Any]):
     """What a query has found, as peewee asks for it."""
 
@@ -121,6 +168,7 @@ def _saving(kind: Any, names: Sequence[str], inserts: bool) -> statements.Kept:
     return statements.Kept(build)
 
 
+_BY_KEY: dict[type, Prepared] = {}
 _SAVES: dict[tuple[type, tuple[str, ...], bool], statements.Kept] = {}
 _FIRST: dict[type, Select] = {}
 _PLANS: dict[Any, tuple[Make | None, list[Any]]] = {}

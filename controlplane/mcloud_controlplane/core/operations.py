@@ -60,7 +60,7 @@ def get(shared: tables.Tables, operation_id: str) -> Operation:
     Raises:
         errors.NotFound: OPERATION_NOT_FOUND.
     """
-    row = shared.operation.get_or_none(shared.operation.id == operation_id)
+    row = shared.operation.find(operation_id)
     if row is None:
         raise errors.NotFound(
             "OPERATION_NOT_FOUND", f"there is no operation {operation_id}", id=operation_id

@@ -208,12 +208,17 @@ class Kept:
 
     def cursor(self, database: Any, *lists: Sequence[Any]) -> Any:
         """Run it with these values; return the driver's cursor."""
+        text = self.text(database, lists)
+        values = [*itertools.chain.from_iterable(lists)]
+        return database.execute_sql(text.sql, _parameters(text, values))
+
+    def text(self, database: Any, lists: Sequence[Sequence[Any]]) -> Text:
+        """Return its text for as many values."""
         shape = (database.param, *map(len, lists))
         text = self._texts.get(shape)
         if text is None:
             text = self._texts[shape] = self._make(database, lists)
-        values = [*itertools.chain.from_iterable(lists)]
-        return database.execute_sql(text.sql, _parameters(text, values))
+        return text
 
     def _make(self, database: Any, lists: Sequence[Sequence[Any]]) -> Text:
         numbers = itertools.count()

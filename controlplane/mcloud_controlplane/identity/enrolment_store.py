@@ -95,7 +95,7 @@ def delete(
     work: Mutation, request: enrolment_service_pb2.DeleteJoinTokenRequest
 ) -> enrolment_pb2.JoinToken:
     """Delete a join token. A host that it has made stays one."""
-    row = JoinToken.get_or_none(JoinToken.id == request.id)
+    row = JoinToken.find(request.id)
     if row is None:
         raise errors.NotFound(
             "JOIN_TOKEN_NOT_FOUND", f"there is no join token {request.id}", id=request.id

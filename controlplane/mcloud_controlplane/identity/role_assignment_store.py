@@ -27,7 +27,7 @@ def get(id_: str) -> RoleAssignment:
     Raises:
         errors.NotFound: ROLE_ASSIGNMENT_NOT_FOUND.
     """
-    row: RoleAssignment | None = RoleAssignment.get_or_none(RoleAssignment.id == id_)
+    row: RoleAssignment | None = RoleAssignment.find(id_)
     if row is None:
         raise errors.NotFound(
             "ROLE_ASSIGNMENT_NOT_FOUND", f"there is no role assignment {id_}", id=id_

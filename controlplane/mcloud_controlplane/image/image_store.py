@@ -64,7 +64,7 @@ def get(caller: auth.Caller, id_: str) -> Image:
         raise errors.PermissionDenied(
             "NOT_DELEGATED", f"the token does not name image {id_}", id=id_
         )
-    row = Image.get_or_none(Image.id == id_)
+    row = Image.find(id_)
     if row is None or (row.delete_time is not None and caller.delegation is None):
         raise not_found(id_)
     if row.state == "DELETED":  # its bytes are being removed

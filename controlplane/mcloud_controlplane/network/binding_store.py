@@ -126,7 +126,7 @@ def unbind(request: port_service_pb2.UnbindPortRequest) -> port_pb2.Port:
 def release(request: port_service_pb2.ReleasePortRequest) -> port_service_pb2.ReleasePortResponse:
     """End a reservation for good: a made port is deleted, a user's given back."""
     effects.retire(shared, f"{request.port_id}/{request.instance_id}", request.lease_number)
-    row = Port.get_or_none(Port.id == request.port_id)
+    row = Port.find(request.port_id)
     if row is None or row.delete_with_owner:
         # Made, or to be made; a reservation that is under way is waited for here.
         effects.retire(shared, request.port_id, request.lease_number)
@@ -161,7 +161,7 @@ def _use(port_id: str, domain_id: str) -> str:
 
 
 def _retired(key: str) -> bool:
-    row = shared.effect.get_or_none(shared.effect.id == key)
+    row = shared.effect.find(key)
     return row is not None and bool(row.retired)
 
 

@@ -45,7 +45,7 @@ def get(caller: auth.Caller, id_: str) -> FloatingIp:
     Raises:
         errors.NotFound: FLOATING_IP_NOT_FOUND.
     """
-    row = FloatingIp.get_or_none(FloatingIp.id == id_)
+    row = FloatingIp.find(id_)
     if row is None or not caller.sees(row.project_id):
         raise _not_found(id_)
     return row

@@ -107,7 +107,7 @@ def _mend_floating_ip(violation: Violation) -> bool:
         return _hold_again(row)
     if not row.port_id or port_store.find_locked(row.port_id) is not None:
         return False
-    router = Router.get_or_none(Router.id == row.router_id)
+    router = Router.find(row.router_id)
     row.port_id = row.fixed_ip_address = row.router_id = ""
     _save(row)
     dataplane_store.bump({router.host_id} if router else ())

@@ -62,7 +62,7 @@ def get(caller: auth.Caller, id_: str) -> Network:
     Raises:
         errors.NotFound: NETWORK_NOT_FOUND.
     """
-    row = Network.get_or_none(Network.id == id_)
+    row = Network.find(id_)
     if row is None or not (row.shared or row.external or caller.sees(row.project_id)):
         raise not_found(id_)
     return row

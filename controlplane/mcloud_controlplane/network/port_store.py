@@ -74,7 +74,7 @@ def get(caller: auth.Caller, id_: str) -> Port:
     Raises:
         errors.NotFound: PORT_NOT_FOUND.
     """
-    row = Port.get_or_none(Port.id == id_)
+    row = Port.find(id_)
     if row is None or not caller.sees(row.project_id):
         raise not_found(id_)
     return row

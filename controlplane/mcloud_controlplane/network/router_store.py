@@ -76,7 +76,7 @@ def get(caller: auth.Caller, id_: str) -> Router:
     Raises:
         errors.NotFound: ROUTER_NOT_FOUND.
     """
-    row = Router.get_or_none(Router.id == id_)
+    row = Router.find(id_)
     if row is None or not caller.sees(row.project_id):
         raise _not_found(id_)
     return row

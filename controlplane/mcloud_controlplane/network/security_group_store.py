@@ -72,7 +72,7 @@ def get(caller: auth.Caller, id_: str) -> SecurityGroup:
     Raises:
         errors.NotFound: SECURITY_GROUP_NOT_FOUND.
     """
-    row = SecurityGroup.get_or_none(SecurityGroup.id == id_)
+    row = SecurityGroup.find(id_)
     if row is None or not caller.sees(row.project_id):
         raise _not_found(id_)
     return row
@@ -250,7 +250,7 @@ def delete_rule(
     work: Mutation, request: security_group_service_pb2.DeleteSecurityGroupRuleRequest
 ) -> security_group_pb2.SecurityGroupRule:
     """Remove a rule."""
-    row = SecurityGroupRule.get_or_none(SecurityGroupRule.id == request.id)
+    row = SecurityGroupRule.find(request.id)
     if row is None or not work.caller.sees(row.project_id):
         raise errors.NotFound(
             "SECURITY_GROUP_RULE_NOT_FOUND", f"there is no rule {request.id}", id=request.id

@@ -163,7 +163,7 @@ def take_report_stream(host_id: str, report: placement_service_pb2.ReportHostReq
             f"another host is called {report.name}; give this one a name of its own",
         )
     moment = database.now()
-    row = Host.get_or_none(Host.id == host_id)
+    row = Host.find(host_id)
     if row is None:
         Host.insert(
             id=host_id, name=report.name, create_time=moment, update_time=moment

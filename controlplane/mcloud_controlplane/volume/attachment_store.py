@@ -34,7 +34,7 @@ def get(caller: auth.Caller, id_: str) -> Attachment:
     Raises:
         errors.NotFound: ATTACHMENT_NOT_FOUND.
     """
-    row = Attachment.get_or_none(Attachment.id == id_)
+    row = Attachment.find(id_)
     if row is None or not caller.sees(row.project_id):
         raise _not_found(id_)
     return row
@@ -96,7 +96,7 @@ def ensure(
     ).first()
     if volume is None:
         raise volume_store.not_found(spec.volume_id)
-    row = Attachment.get_or_none(Attachment.id == request.attachment_id)
+    row = Attachment.find(request.attachment_id)
     if row is not None and (row.volume_id, row.instance_id) == (spec.volume_id, spec.instance_id):
         return message(row)
     if volume.attachment_id:
@@ -199,7 +199,7 @@ def find_connection(
         errors.WrongState: ID_RETIRED, it was taken back meanwhile.
         errors.Unavailable: STORAGE_HOST_SILENT.
     """
-    row = Attachment.get_or_none(Attachment.id == id_)
+    row = Attachment.find(id_)
     if row is None or row.domain_id != domain_id or row.state != "CONNECTED":
         raise errors.WrongState("ID_RETIRED", f"attachment {id_} was taken back", id=id_)
     volume = Volume.get_by_id(row.volume_id)
@@ -247,7 +247,7 @@ def find_disconnected(id_: str, domain_id: str) -> attachment_pb2.Attachment | N
         errors.NotFound: ATTACHMENT_NOT_FOUND.
         errors.Unavailable: STORAGE_HOST_SILENT.
     """
-    row = Attachment.get_or_none(Attachment.id == id_)
+    row = Attachment.find(id_)
     if row is None:
         raise _not_found(id_)
     if row.domain_id != domain_id:
@@ -260,7 +260,7 @@ def find_disconnected(id_: str, domain_id: str) -> attachment_pb2.Attachment | N
 
 def why(id_: str) -> errors.Error:
     """Return why a wait for the storing host was in vain."""
-    row = Attachment.get_or_none(Attachment.id == id_)
+    row = Attachment.find(id_)
     if row is None:
         return _not_found(id_)
     return storage_store.why(Volume.get_by_id(row.volume_id))
@@ -298,11 +298,11 @@ def release(request: attachment_service_pb2.ReleaseAttachmentRequest, principal_
 
 def _lock(id_: str) -> tuple[Attachment | None, Volume | None]:
     """Lock the volume of an attachment, and return both as they are then."""
-    row = Attachment.get_or_none(Attachment.id == id_)
+    row = Attachment.find(id_)
     if row is None:
         return None, None
     volume = locked(Volume.select().where(Volume.id == row.volume_id)).first()
-    return Attachment.get_or_none(Attachment.id == id_), volume
+    return Attachment.find(id_), volume
 
 
 def _save(row: Attachment) -> None:

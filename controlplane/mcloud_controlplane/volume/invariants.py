@@ -199,7 +199,7 @@ def _bury_unknown(request: pb.BuryUnknownVolumeRequest) -> None:
     Raises:
         errors.WrongState: VOLUME_KNOWN.
     """
-    row = Volume.get_or_none(Volume.id == request.volume_id)
+    row = Volume.find(request.volume_id)
     if row is not None:
         if row.host_id == request.host_id and row.absent:
             return

@@ -46,7 +46,7 @@ def get(caller: auth.Caller, id_: str) -> Volume:
     Raises:
         errors.NotFound: VOLUME_NOT_FOUND.
     """
-    row = Volume.get_or_none(Volume.id == id_)
+    row = Volume.find(id_)
     if row is None or not caller.sees(row.project_id):
         raise not_found(id_)
     return row

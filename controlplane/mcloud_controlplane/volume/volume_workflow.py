@@ -205,7 +205,7 @@ def _not_deleted(job: Job) -> None:
 
 
 def _seen_created(id_: str) -> bool | None:
-    row = Volume.get_or_none(Volume.id == id_)
+    row = Volume.find(id_)
     if row is None or row.delete_time is not None:
         raise _deleted_meanwhile(id_)
     error = storage_store.host_error(row)
@@ -216,12 +216,12 @@ def _seen_created(id_: str) -> bool | None:
 
 
 def _seen_gone(id_: str) -> bool | None:
-    row = Volume.get_or_none(Volume.id == id_)
+    row = Volume.find(id_)
     return True if row is None or storage_store.is_gone(row) else None
 
 
 def _why(id_: str) -> errors.Error:
-    row = Volume.get_or_none(Volume.id == id_)
+    row = Volume.find(id_)
     return _deleted_meanwhile(id_) if row is None else storage_store.why(row)
 
 

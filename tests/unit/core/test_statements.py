@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcloud_controlplane.core import statements, tables
-from mcloud_controlplane.core.model import Model
+from mcloud_controlplane.core.model import Model, Prepared
 
 database = peewee.DatabaseProxy()
 
@@ -185,6 +185,30 @@ def test_saved_rows_are_read_again(before: dict[str, Any], after: dict[str, Any]
     assert found.save() == 0
     assert (Thing.get_by_id("other").name, Thing.get_by_id("other").labels) == ("", {})
     opened.close()
+
+
+def test_a_prepared_select_is_built_once_for_each_number_of_values(engine: Engine) -> None:
+    built = []
+
+    def build(ids: list[str]) -> Any:
+        built.append(len(ids))
+        return Thing.select().where(Thing.id.in_(ids)).order_by(Thing.id)
+
+    for number in range(60):
+        Thing.create(id=f"t-{number:02}", create_time=1, update_time=1, labels={"n": number})
+    query = Prepared(Thing, build)
+    assert [row.labels for row in query.rows(["t-01", "t-02"])] == [{"n": 1}, {"n": 2}]
+    assert [row.id for row in query.rows(["t-03", "none"])] == ["t-03"]
+    assert built == [2]
+    # A text for each number of very many would be too much.
+    many = [f"t-{number:02}" for number in range(60)]
+    assert [row.id for row in query.rows(many)] == many
+    found = Thing.find("t-05")
+    assert found is not None
+    assert _values(found) == _values(Thing.get_by_id("t-05"))
+    assert Thing.find("none") is None
+    with pytest.raises(peewee.DoesNotExist):
+        Thing.get_by_id("none")
 
 
 def _values(row: Any) -> Any:
