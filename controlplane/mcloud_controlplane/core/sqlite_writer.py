@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ class _Turn:
 
     def settle(self) -> None:
         """Tell whoever waits for it."""
-        for action in self.unit.after_commit:
-            action()
+        try:
+            for action in self.unit.after_commit:
+                action()
+        except Exception as error:
+            self.refuse(error)
         if not self.future.done():
             self.future.set_result(self.result)
 
@@ -100,13 +104,16 @@ class SqliteWriter:
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix=f"{Path(opened.database).stem}-commit"
         )
-        self._connection = connections.another(opened)
-        self._cursor = self._connection.cursor()
-        self._cursor.execute("PRAGMA busy_timeout = 0")  # nothing waits in this thread
+        self._connect()
         self._log_file = Path(f"{opened.database}-wal")
         self._version: int | None = None
         self._asked: tuple[int, int] | None = None
         self._look_next = self.loop.call_soon(self._look)
+
+    def _connect(self) -> None:
+        self._connection = connections.another(self._opened)
+        self._cursor = self._connection.cursor()
+        self._cursor.execute("PRAGMA busy_timeout = 0")  # nothing waits in this thread
 
     @property
     def waiting(self) -> int:
@@ -146,11 +153,13 @@ class SqliteWriter:
             gathered = Unit(changes=[each for turn in self._running for each in turn.unit.changes])
             with connections.used(self._opened, self._connection):
                 self._before_commit(gathered)
-        except (_AbandonedError, peewee.PeeweeException) as error:
-            self._fail(error.__cause__ if isinstance(error, _AbandonedError) else error)
+            waits = self._connection.total_changes > written  # for the disk
+            if not waits:
+                self._cursor.execute("COMMIT")
+        except Exception as error:
+            self._fail(error)
             return
-        if self._connection.total_changes == written:  # nothing waits for the disk
-            self._cursor.execute("COMMIT")
+        if not waits:
             self._finish(gathered)
             return
         self._commits = True
@@ -247,19 +256,21 @@ class SqliteWriter:
         if self._waiting:
             self._schedule()
 
-    def _fail(self, error: BaseException | None) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Refuse all units of the transaction: none of them is in the database."""
+        with suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._cursor.execute("ROLLBACK")
         if self._connection.in_transaction:
-            self._cursor.execute("ROLLBACK")
-        assert isinstance(error, Exception)
-        refusal = (
-            self._refusal(error)
-            if isinstance(error, peewee.PeeweeException | sqlite3.Error)
-            else error
-        )
+            self._connection.close()
+            self._connect()
+        cause = error.__cause__ if isinstance(error, _AbandonedError) else error
+        if isinstance(cause, peewee.PeeweeException | sqlite3.Error):
+            cause = self._refusal(cause)
+        assert cause is not None
         turns, self._running = self._running, []
         for turn in turns:
-            turn.refuse(refusal)
+            turn.refuse(cause)
         if self._waiting:
             self._schedule()
 
@@ -281,7 +292,10 @@ class SqliteWriter:
         # What is written within the same tick of the clock has the same time.
         settled = written is not None and time.time_ns() - written[0] > _TICK_NS
         self._asked = written if settled else None
-        version = int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
+        try:
+            version = int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error:
+            return  # the next write will say so
         if self._version is not None and version != self._version:
             self._wake()
         self._version = version

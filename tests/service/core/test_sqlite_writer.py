@@ -90,6 +90,32 @@ async def test_what_fails_takes_nobody_else_with_it(opened: Database) -> None:
     assert [id_ for _, id_ in await opened.read(things)] == ["a", "d"]
 
 
+async def test_what_fails_after_the_commit_is_told_to_its_own_only(opened: Database) -> None:
+    def unit(id_: str) -> str:
+        def fail() -> None:
+            raise RuntimeError("a fault")
+
+        database.unit().after_commit.append(fail)
+        return note(id_)
+
+    results = await asyncio.gather(
+        opened.write(unit, "a"), opened.write(note, "b"), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [RuntimeError, str]
+    assert await opened.read(noted) == ["a", "b"]
+
+
+async def test_a_fault_in_the_log_of_changes_holds_nobody_up(opened: Database) -> None:
+    results = await asyncio.gather(
+        opened.write(tables.changed, "thing", object(), ""),  # type: ignore[arg-type]
+        opened.write(note, "a"),
+        return_exceptions=True,
+    )
+    assert all(isinstance(result, Exception) for result in results)
+    assert await opened.write(note, "b") == "b"
+    assert await opened.read(noted) == ["b"]
+
+
 async def test_atomic_within_a_unit_is_taken_back_alone(opened: Database) -> None:
     def unit() -> None:
         note("kept")
