@@ -53,14 +53,20 @@ def finish(session: Any, operation: Any, wait: bool | None, form: str = "table")
     Raises:
         errors.Error: the one that the operation ended with.
     """
-    if not is_ended(operation):
-        if wait is False or (wait is None and not sys.stderr.isatty()):
-            if form == "table":
-                click.echo(f"{operation.id} goes on. See: mcloud operation wait {operation.id}")
-            return operation
-        operation = follow(session, operation)
+    operation = await_end(session, operation, wait, form)
     raise_error(operation)
     return operation
+
+
+def await_end(session: Any, operation: Any, wait: bool | None, form: str = "table") -> Any:
+    """See an operation that has begun to its end, whatever that is, or say how to."""
+    if is_ended(operation):
+        return operation
+    if wait is False or (wait is None and not sys.stderr.isatty()):
+        if form == "table":
+            click.echo(f"{operation.id} goes on. See: mcloud operation wait {operation.id}")
+        return operation
+    return follow(session, operation)
 
 
 def raise_error(operation: Any) -> None:
@@ -118,9 +124,13 @@ def _changes(session: Any, operation: Any) -> Iterator[Any]:
 
 
 def _line_by_line(changes: Iterator[Any], operation: Any) -> Any:
-    """Print a line for each step that has ended."""
+    """Print a line for each step that has ended, and for each tenth of the parts."""
     seen: set[tuple[int, int, str, int]] = set()
+    tenth = 0
     for operation in changes:  # noqa: B020 (the last one is the answer)
+        if operation.HasField("parts") and operation.progress_percent // 10 > tenth:
+            tenth = operation.progress_percent // 10
+            click.echo(f"{operation.resource.name}: {parts_line(operation.parts)}", err=True)
         for step in operation.steps:
             state = output.state(step)
             key = (step.number, step.attempt, step.name, step.state)
@@ -128,6 +138,13 @@ def _line_by_line(changes: Iterator[Any], operation: Any) -> Any:
                 seen.add(key)
                 click.echo(step_line(step), err=True)
     return operation
+
+
+def parts_line(parts: Any) -> str:
+    """Return how far the parts of an operation are: "7 of 10 done, 1 failed"."""
+    counts = ((parts.failed_count, "failed"), (parts.cancelled_count, "cancelled"))
+    told = "".join(f", {count} {what}" for count, what in counts if count)
+    return f"{parts.succeeded_count} of {parts.count} done{told}"
 
 
 def step_line(step: Any) -> str:
@@ -184,4 +201,6 @@ def _picture(operation: Any) -> Any:
     lines = [line(step_line(step), _STYLES.get(output.state(step), "")) for step in operation.steps]
     state = output.state(operation)
     what = f"{operation.resource.type} {operation.resource.name or operation.resource.id}"
+    if operation.HasField("parts"):
+        state = f"{state}, {parts_line(operation.parts)}"
     return Group(*lines, line(f"     {what}: {state}", _STYLES.get(state, "bold")))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from mcloud_cli import builder, follow, kinds, output
+from mcloud_cli.output import Column
 
 if TYPE_CHECKING:
     from mcloud_cli.session import Session
@@ -74,10 +75,23 @@ def _nics(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> l
 @click.option("--meta", multiple=True, callback=builder.pairs, help="KEY=VALUE shown to the guest.")
 @click.option("--availability-zone", default="", help="Where it may run.")
 @click.option(
+    "--server-group",
+    default="",
+    type=builder.Named(kinds.SERVER_GROUP),
+    help="Whose rule says on which hosts it may run.",
+)
+@click.option(
     "--host",
     default="",
     type=builder.Named(kinds.HOST),
     help="Run it here; needs a role on the system.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1, 500),
+    default=1,
+    show_default=True,
+    help="So many of them, named NAME-1, NAME-2, ...",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, room for it too; make nothing.")
 @builder.labels
@@ -97,7 +111,9 @@ def create(
     config_drive: bool,
     meta: dict[str, str],
     availability_zone: str,
+    server_group: str,
     host: str,
+    count: int,
     dry_run: bool,
     labels: dict[str, str],
     wait: bool | None,
@@ -106,6 +122,8 @@ def create(
     """Build the instance NAME: sixteen steps from your login to a running machine.
 
     Example: mcloud boot --flavor m1.small --image debian-12 --nic net-id=lan --key-name my_key web
+
+    Example: mcloud boot --flavor m1.small --image debian-12 --nic net-id=lan --count 20 worker
     """
     spec: dict[str, Any] = {
         "flavor_id": session.resolve(kinds.FLAVOR, flavor),
@@ -118,27 +136,93 @@ def create(
         "guest_metadata": meta,
         "config_drive": config_drive,
     }
-    if availability_zone or host:
+    if availability_zone or server_group or host:
         spec["placement"] = {
             "availability_zone": availability_zone,
+            "server_group_id": session.resolve(kinds.SERVER_GROUP, server_group),
             "host_id": session.resolve(kinds.HOST, host),
         }
     operation = session.call(
-        kinds.INSTANCE.rpc("Create"), name=name, labels=labels, spec=spec, validate_only=dry_run
+        kinds.INSTANCE.rpc("Create"),
+        name=name,
+        labels=labels,
+        spec=spec,
+        count=count,
+        validate_only=dry_run,
     )
     if dry_run:
         click.echo(f"{name} could be built now")
         return
     if form == "table":
         _begun(operation)
+    if count > 1:
+        operation = follow.await_end(session, operation, wait, form)
+        _show_all(session, operation, form)
+        follow.raise_error(operation)
+        return
     operation = follow.finish(session, operation, wait, form)
     builder.shown(session, kinds.INSTANCE, operation, form)
 
 
 def _begun(operation: Any) -> None:
     """Say the ids at once: what follows may be interrupted."""
-    click.echo(f"instance   {operation.resource.id}\noperation  {operation.id}")
+    made = operation.resource.id
+    if operation.HasField("parts"):
+        name, count = operation.resource.name, operation.parts.count
+        made = f"{name}-1 to {name}-{count}"
+    click.echo(f"instance   {made}\noperation  {operation.id}")
     sys.stdout.flush()
+
+
+def _show_all(session: Session, operation: Any, form: str) -> None:
+    """Print what came of each of many: programs get those that there are."""
+    from mcloud_cli import contract
+
+    if form not in ("name", "id") and not follow.is_ended(operation):
+        if form != "table":
+            output.data(output.as_dict(operation), form)
+        return
+    parts = _parts(session, operation.id)
+    if form == "table":
+        output.resources(parts, form, _PARTS)
+    elif form in ("name", "id"):
+        for part in parts:
+            click.echo(getattr(part.resource, form))
+    else:
+        built = [contract.unpack(part.response) for part in parts]
+        output.data([output.as_dict(instance) for instance in built if instance], form)
+
+
+def _parts(session: Session, operation_id: str) -> list[Any]:
+    """Return the operations of one for many, in the order of their making."""
+    found: list[Any] = []
+    token = ""
+    while True:
+        answer = session.call(
+            f"{follow.service_of(operation_id)}/ListOperations",
+            filter=f'parent_id="{operation_id}"',
+            order_by="create_time",
+            page_token=token,
+        )
+        found += answer.operations
+        token = answer.next_page_token
+        if not token:
+            return found
+
+
+def _why(part: Any) -> str:
+    from mcloud.scheduler.v1 import placement_pb2  # noqa: F401 (an error may carry one)
+    from mcloud_base import errors
+
+    return str(errors.from_status(part.error)) if part.error.code else ""
+
+
+_PARTS = (
+    Column("NAME", lambda part: str(part.resource.name)),
+    Column("ID", lambda part: str(part.resource.id)),
+    Column("BUILT", lambda part: output.state(part), is_state=True),
+    Column("WHY NOT", _why),
+)
 
 
 def _nic(session: Session, nic: dict[str, str]) -> dict[str, str]:

@@ -43,6 +43,7 @@ _SERVICES = {"JoinToken": "Enrolment"}
 INSTANCE = Kind("instance", "i", "compute", "Instance")
 FLAVOR = Kind("flavor", "flv", "compute", "Flavor", is_owned=False)
 KEY_PAIR = Kind("key pair", "key", "compute", "KeyPair")
+SERVER_GROUP = Kind("server group", "grp", "compute", "ServerGroup")
 HOST = Kind("host", "h", "compute", "Host", is_owned=False)
 IMAGE = Kind("image", "img", "image", "Image")
 NETWORK = Kind("network", "net", "network", "Network")

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "instance": ("instance", "group", "Virtual machines."),
     "flavor": ("flavor", "group", "Sizes of instances."),
     "keypair": ("keypair", "group", "SSH keys that instances let in."),
+    "server-group": ("server_group", "group", "Instances to be kept together, or apart."),
     "image": ("image", "group", "Disk images."),
     "network": ("network", "group", "Networks."),
     "subnet": ("subnet", "group", "Address ranges of networks."),

@@ -44,6 +44,8 @@ def list_(
     """List operations, newest first.
 
     Example: mcloud operation list --filter state=RUNNING
+
+    Example: mcloud operation list --filter parent_id=cop-06h0a1b2c3d4e5f6g7h8 --limit 500
     """
     answer = session.call(
         f"{domain}.OperationService/ListOperations",
@@ -104,7 +106,9 @@ def _summary(operation: Any) -> list[tuple[str, str]]:
         ("resource id", operation.resource.id),
         ("state", output.state(operation)),
         ("progress", f"{operation.progress_percent} %"),
-        ("steps", str(len(operation.steps))),
+        ("steps", str(len(operation.steps) or "")),
+        ("parts", follow.parts_line(operation.parts) if operation.HasField("parts") else ""),
+        ("part of", operation.parent_id),
         ("caller", operation.caller_id),
         ("began", output.local(operation.create_time)),
         ("took", _took(operation)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,30 @@ from mcloud_cli import builder, follow, kinds, output
 if TYPE_CHECKING:
     from mcloud_cli.session import Session
 
-_SERVICE = "compute.QuotaService"
+# Of each service: what its limits are called here, and what of the contract they are.
+_LIMITS = {
+    "compute": {
+        "instances": "instance_count",
+        "vcpus": "vcpu_count",
+        "memory": "memory_mib",
+        "keypairs": "key_pair_count",
+        "server_groups": "server_group_count",
+    },
+    "image": {"images": "image_count", "image_gib": "image_bytes"},
+    "network": {
+        "networks": "network_count",
+        "subnets": "subnet_count",
+        "ports": "port_count",
+        "security_groups": "security_group_count",
+        "security_group_rules": "security_group_rule_count",
+        "routers": "router_count",
+        "floating_ips": "floating_ip_count",
+    },
+    "volume": {"volumes": "volume_count", "volume_gib": "volume_gib"},
+}
+_UNITS = {"memory": "In MiB; ", "image_gib": "In GiB; ", "volume_gib": "In GiB; "}
+_GIB = 1 << 30
+_MOST = 1 << 32  # also of GiB, as bytes in 64 bits
 
 
 group = builder.group("quota", "What a project may have at once.", example="quota show")
@@ -26,61 +49,95 @@ def show(session: Session, project: str, form: str) -> None:
 
     Example: mcloud quota show norprod
     """
-    found = session.call(
-        f"{_SERVICE}/GetQuota",
-        project_id=session.resolve(kinds.PROJECT, project),
-        as_system=bool(project),
-    )
+    project_id = session.resolve(kinds.PROJECT, project)
+    found = {
+        service: session.call(
+            f"{service}.QuotaService/GetQuota", project_id=project_id, as_system=bool(project)
+        )
+        for service in _LIMITS
+    }
     if form == "table":
-        rows = []
-        for field in found.limits.DESCRIPTOR.fields:
-            limit = getattr(found.limits, field.name)
-            name = field.name.removesuffix("_count").replace("_mib", " (MiB)")
-            rows.append(
-                [name, str(getattr(found.usage, field.name)), "none" if limit < 0 else str(limit)]
-            )
+        rows = [
+            [_label(name), _text(name, getattr(quota.usage, name)), _limit(quota, name)]
+            for quota in found.values()
+            for name in (field.name for field in quota.limits.DESCRIPTOR.fields)
+        ]
         output.table(["OF", "USED", "LIMIT"], rows)
     elif form in ("name", "id"):
-        click.echo(found.project_id)
+        click.echo(found["compute"].project_id)
     else:
-        output.data(output.as_dict(found), form)
+        output.data({service: output.as_dict(quota) for service, quota in found.items()}, form)
+
+
+def _label(name: str) -> str:
+    for ending, unit in (("_count", ""), ("_mib", " (MiB)"), ("_gib", " (GiB)")):
+        if name.endswith(ending):
+            return name.removesuffix(ending).replace("_", " ") + unit
+    return name.replace("_", " ")
+
+
+def _limit(quota: Any, name: str) -> str:
+    limit = getattr(quota.limits, name)
+    return "none" if limit < 0 else _text(name, limit)
+
+
+def _text(name: str, value: int) -> str:
+    return output.size(value) if name.endswith("_bytes") else str(value)
+
+
+class _Number(click.ParamType[int]):
+    """A limit; the help says it without its bounds, which are the same for all."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return it as a number."""
+        return click.IntRange(-1, _MOST).convert(value, param, ctx)
+
+
+def _options(function: Any) -> Any:
+    """Give a command an option for each limit."""
+    for name in reversed([name for names in _LIMITS.values() for name in names]):
+        function = click.option(
+            f"--{name.replace('_', '-')}",
+            type=_Number(),
+            help=f"{_UNITS.get(name, '')}-1: no limit.",
+        )(function)
+    return function
 
 
 @group.command("set")
 @click.argument("project", type=builder.Named(kinds.PROJECT))
-@click.option("--instances", type=int, default=None, help="-1: no limit.")
-@click.option("--vcpus", type=int, default=None, help="-1: no limit.")
-@click.option("--memory", type=int, default=None, help="In MiB; -1: no limit.")
-@click.option("--keypairs", type=int, default=None, help="-1: no limit.")
+@_options
 @output.option
 @click.pass_obj
-def set_(
-    session: Session,
-    project: str,
-    instances: int | None,
-    vcpus: int | None,
-    memory: int | None,
-    keypairs: int | None,
-    form: str,
-) -> None:
+def set_(session: Session, /, project: str, form: str, **given: int | None) -> None:
     """Set limits of a project; needs a role on the system.
 
-    Example: mcloud quota set norprod --instances 20 --memory -1
+    Example: mcloud quota set norprod --instances 1000 --ports 2000 --memory -1
     """
-    limits = {
-        "instance_count": instances,
-        "vcpu_count": vcpus,
-        "memory_mib": memory,
-        "key_pair_count": keypairs,
-    }
-    given = {name: value for name, value in limits.items() if value is not None}
-    if not given:
+    wanted: dict[str, dict[str, int]] = {}
+    for service, names in _LIMITS.items():
+        for name, field in names.items():
+            value = given[name]
+            if value is not None:
+                in_bytes = field.endswith("_bytes") and value > 0
+                wanted.setdefault(service, {})[field] = value * _GIB if in_bytes else value
+    if not wanted:
         raise click.UsageError("say what to set; see --help")
-    operation = session.call(
-        f"{_SERVICE}/UpdateQuota",
-        project_id=session.resolve(kinds.PROJECT, project),
-        update_mask={"paths": list(given)},
-        limits=given,
-    )
-    operation = follow.finish(session, operation, None, form)
-    builder.said(operation, f"Set the quota of {project}", form)
+    project_id = session.resolve(kinds.PROJECT, project)
+    done = {}
+    for service, limits in wanted.items():
+        operation = session.call(
+            f"{service}.QuotaService/UpdateQuota",
+            project_id=project_id,
+            update_mask={"paths": list(limits)},
+            limits=limits,
+        )
+        done[service] = follow.finish(session, operation, None, form)
+    if form == "table":
+        click.echo(f"Set the quota of {project}")
+    elif form in ("name", "id"):
+        click.echo(project_id)
+    else:
+        output.data({service: output.as_dict(each) for service, each in done.items()}, form)

@@ -22,6 +22,7 @@ PREFIXES = {
     "iop": "identity operation",
     "flv": "flavor",
     "key": "key pair",
+    "grp": "server group",
     "i": "instance",
     "d": "domain",
     "h": "host",

@@ -1,8 +1,8 @@
 """A storm: 32 clients create 1,000 instances with a NIC on 100 simulated hosts, then delete them.
 
 The clients are this process. Its CPU time, the simulator's and that of the database's server are
-given beside the control plane's. Meanwhile all hosts are listed twice a second.
-The contract has no count in a request, so many instances are as many requests.
+given beside the control plane's. Meanwhile all hosts are listed twice a second. And 500 instances
+by one request.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Result:
     cpu: dict[str, float]  # of the control plane ("") and of what is beside it
     delete_cpu: float
     memory_mib: float  # of the control plane, when all were there
+    at_once: Outcome  # by one request
 
 
 def run(plan: Plan) -> list[Figure]:
@@ -93,6 +94,8 @@ async def _storm(client: Client, storm: Storm, cloud: Cloud, count: int, *, firs
     before = cloud.cpu_s()
     deleted = await storm.delete(clients=CLIENTS)
     delete = cloud.cpu_since(before)[""]
+    at_once = await storm.create_at_once(count // 2)
+    await storm.delete(clients=CLIENTS)
     return Result(
         created,
         deleted,
@@ -100,6 +103,7 @@ async def _storm(client: Client, storm: Storm, cloud: Cloud, count: int, *, firs
         {name: 1000 * used / max(len(created.succeeded), 1) for name, used in cpu.items()},
         1000 * delete / max(len(deleted.succeeded), 1),
         memory,
+        at_once,
     )
 
 
@@ -112,10 +116,14 @@ async def _instance_counts(client: Client) -> list[int]:
 
 
 def _figures(results: list[Result], bare: list[float]) -> list[Figure]:
-    failed = [sum(r.created.failed.values()) + sum(r.deleted.failed.values()) for r in results]
+    failed = [
+        sum(sum(each.failed.values()) for each in (r.created, r.deleted, r.at_once))
+        for r in results
+    ]
     for result in results:
-        if result.created.failed or result.deleted.failed:
-            print(f"failed: {dict(result.created.failed)}, deleting {dict(result.deleted.failed)}")
+        for what in ("created", "deleted", "at_once"):
+            if found := getattr(result, what).failed:
+                print(f"failed, {what}: {dict(found)}")
     unevenness = max(each.unevenness for each in results)
     sound = not any(failed) and unevenness <= 1
     figure = report.figure
@@ -126,6 +134,12 @@ def _figures(results: list[Result], bare: list[float]) -> list[Figure]:
             "/s",
             yardstick=[1 / each for each in bare],
             holds=sound,
+        ),
+        figure(
+            "storm_at_once_rate",
+            [len(each.at_once.succeeded) / each.at_once.seconds for each in results],
+            "/s",
+            yardstick=[1 / each for each in bare],
         ),
         figure("storm_failed", failed, "instances"),
         figure("storm_unevenness", [unevenness], "instances"),

@@ -17,6 +17,7 @@ from mcloud_controlplane.core import database, schema, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.identity import epoch_store
 from mcloud_controlplane.identity import model as identity
+from mcloud_controlplane.scheduler import server_group_store
 from mcloud_controlplane.scheduler import store as scheduler
 from mcloud_controlplane.settings import Settings
 
@@ -154,6 +155,38 @@ def _claim(host_id: str, moment: int) -> dict[str, Any]:
         "disk_gib": HOST_DISK_GIB // 10,
         "create_time": moment,
     }
+
+
+def add_server_groups(plane: ControlPlane, count: int) -> list[str]:
+    """Add server groups with anti-affinity, each with a member on every second host."""
+    made = [ids.new("grp") for _ in range(count)]
+
+    def write(rows: Rows) -> None:
+        moment = database.now()
+        hosts = [row.id for row in compute.Host.select(compute.Host.id)][::2]
+        for id_ in made:
+            compute.ServerGroup.create(
+                id=id_,
+                name=id_,
+                create_time=moment,
+                update_time=moment,
+                policy="ANTI_AFFINITY",
+                max_instances_per_host=1,
+            )
+            members = [{**_claim(each, moment), "server_group_id": id_} for each in hosts]
+            rows.insert("claim", members)
+
+    if count:
+        with opened(plane, "compute") as rows:
+            rows.do(write, rows)
+    return made
+
+
+def misplaced(plane: ControlPlane) -> int:
+    """Return on how many hosts members of server groups are where they must not be."""
+    with opened(plane, "compute") as rows:
+        groups = rows.do(server_group_store.load_hard)
+    return sum(len(group.misplaced()) for group in groups.values())
 
 
 def overcommitted(plane: ControlPlane) -> int:

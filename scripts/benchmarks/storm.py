@@ -36,6 +36,9 @@ from mcloud.network.v1 import (
     subnet_service_pb2,
     subnet_service_pb2_grpc,
 )
+from mcloud.network.v1 import quota_pb2 as network_quota_pb2
+from mcloud.network.v1 import quota_service_pb2 as network_quota_service_pb2
+from mcloud.network.v1 import quota_service_pb2_grpc as network_quota_service_pb2_grpc
 from mcloud_base import errors, ids
 
 _IMAGE_BYTES = 1 << 20
@@ -140,6 +143,25 @@ class Storm:
 
         return await self._blow(create_one, range(first, first + number), clients, listed=listed)
 
+    async def create_at_once(self, count: int) -> Outcome:
+        """Create instances by one request; they are counted when all have ended."""
+        outcome = Outcome()
+        begin = time.perf_counter()
+        request = instance_service_pb2.CreateInstanceRequest(
+            request_id=ids.request_id(),
+            name=f"storm-{self._mark}-at-once-{ids.request_id()[:8]}",
+            spec=self.specs[0],
+            count=count,
+        )
+        operation = await self._client.call(self._stub.CreateInstance, request)
+        try:
+            operation = await self._client.ended(operation)
+        except errors.Error as error:
+            outcome.failed[error.reason] += 1
+        outcome.seconds = time.perf_counter() - begin
+        outcome.succeeded = [outcome.seconds] * operation.parts.succeeded_count
+        return outcome
+
     async def delete(self, *, clients: int = 32) -> Outcome:
         """Delete every instance that storms have left."""
         left = {instance.metadata.id for instance in await self.instances()}
@@ -217,13 +239,21 @@ class Storm:
             await asyncio.sleep(0.5)
 
     async def _lift_quota(self) -> None:
-        stub = quota_service_pb2_grpc.QuotaServiceStub(self._client.channel)
-        request = quota_service_pb2.UpdateQuotaRequest(
-            project_id=self._client.project_id,
+        client = self._client
+        instances = quota_service_pb2.UpdateQuotaRequest(
+            project_id=client.project_id,
+            update_mask={"paths": ["instance_count", "vcpu_count", "memory_mib"]},
             limits=quota_pb2.QuotaLimits(instance_count=-1, vcpu_count=-1, memory_mib=-1),
         )
-        request.update_mask.paths.extend(["instance_count", "vcpu_count", "memory_mib"])
-        await self._client.mutate(stub.UpdateQuota, request, quota_pb2.Quota, system=True)
+        stub = quota_service_pb2_grpc.QuotaServiceStub(client.channel)
+        await client.mutate(stub.UpdateQuota, instances, quota_pb2.Quota, system=True)
+        ports = network_quota_service_pb2.UpdateQuotaRequest(
+            project_id=client.project_id,
+            update_mask={"paths": ["network_count", "subnet_count", "port_count"]},
+            limits=network_quota_pb2.QuotaLimits(network_count=-1, subnet_count=-1, port_count=-1),
+        )
+        of_network = network_quota_service_pb2_grpc.QuotaServiceStub(client.channel)
+        await client.mutate(of_network.UpdateQuota, ports, network_quota_pb2.Quota, system=True)
 
 
 def _at(values: Sequence[float], percent: int) -> float:

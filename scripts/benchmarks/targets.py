@@ -45,6 +45,8 @@ TARGETS = {
     "decision_rate_10000": _at_least(300),
     "decision_rate_10000_full": _at_least(300),
     "decision_overcommit": Target(0),
+    "decision_anti_affinity_rate_1000": _at_least(100),
+    "decision_anti_affinity_broken": Target(0),
     "list_p99": Target(40),
     "list_more_statements": Target(0),
     "hosts_2000_cpu": Target(40),

@@ -15,10 +15,20 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from mcloud.common.v1 import metadata_pb2, options_pb2
-from mcloud.compute.v1 import flavor_pb2, flavor_service_pb2, instance_service_pb2
+from mcloud.compute.v1 import (
+    flavor_pb2,
+    flavor_service_pb2,
+    instance_service_pb2,
+    server_group_service_pb2,
+)
 from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
 from mcloud_base import errors, ids, logs
-from mcloud_controlplane.compute import flavor_store, instance_store, model
+from mcloud_controlplane.compute import (
+    flavor_store,
+    instance_store,
+    model,
+    server_group_store,
+)
 from mcloud_controlplane.conductor import store as conductor_store
 from mcloud_controlplane.core import auth, database, listing
 from mcloud_controlplane.core.database import Database
@@ -129,10 +139,26 @@ async def create(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
         )
         request.spec.flavor_id = arguments["flavor_id"]
         request.spec.image_id = ids.new("img") if not request_id else arguments["image_id"]
+        if "server_group_ids" in arguments:
+            request.spec.placement.server_group_id = arguments["server_group_ids"][number]
         return (await frame.mutate(request, instance_store.create)).id
 
     given = arguments.get("request_ids") or [""] * arguments["count"]
     return {"outcomes": await outcomes([one(n, given_id) for n, given_id in enumerate(given)])}
+
+
+async def delete_server_groups(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Delete server groups that the other process puts instances into."""
+    enter("mcloud.compute.v1.ServerGroupService/DeleteServerGroup")
+    frame = Frame(opened, model.shared, "cop")
+
+    async def one(id_: str) -> str:
+        request = server_group_service_pb2.DeleteServerGroupRequest(
+            request_id=ids.request_id(), id=id_
+        )
+        return (await frame.mutate(request, server_group_store.delete)).id
+
+    return {"outcomes": await outcomes([one(id_) for id_ in arguments["server_group_ids"]])}
 
 
 async def write_and_watch(opened: Database, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -272,6 +298,7 @@ PARTS: dict[str, Part] = {
         claim,
         claim_together,
         create,
+        delete_server_groups,
         write_and_watch,
         run_workflows,
         stall,

@@ -1,6 +1,7 @@
 """Two processes race for what only one of them may have: on SQLite and on PostgreSQL.
 
-Claim, quota, request id, revision order, an operation's lease, an instance's exclusive operation.
+Claim, rules of server groups, quota, request id, revision order, an operation's lease, an
+instance's exclusive operation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from mcloud_base import ids
 from mcloud_controlplane.compute import model
 from mcloud_controlplane.core import database
 from mcloud_controlplane.core.database import Database
+from mcloud_controlplane.scheduler import server_group_store
+from service.compute import server_groups
 
 _DEADLINE_S = 120
 _TESTS = Path(__file__).parents[1]
@@ -187,6 +190,54 @@ def test_batches_with_requests_of_every_kind_fill_hosts_exactly(opened: Database
     assert sorted(granted.values()) == [20, 20, 20]
     rows = opened.read_now(lambda: Counter(row.host_id for row in model.Claim.select()))
     assert rows == granted
+
+
+@pytest.mark.parametrize(
+    ("policy", "most", "hosts", "granted"),
+    [("ANTI_AFFINITY", 1, 12, 12), ("ANTI_AFFINITY", 3, 5, 15), ("AFFINITY", 1, 5, 20)],
+)
+def test_schedulers_keep_the_rules_of_server_groups(
+    opened: Database, url: str, policy: str, most: int, hosts: int, granted: int
+) -> None:
+    def prepare() -> list[str]:
+        make_hosts("abcdefghijkl"[:hosts])
+        return [server_groups.insert(PROJECT, policy, most) for _ in range(3)]
+
+    group_ids = opened.write_now(prepare)
+    # Each of the three is asked for more than its rule allows, by both, among each other.
+    requests = [{"server_group_id": id_} for _ in range(granted) for id_ in group_ids]
+    results = race(*(Racer("claim_together", url, requests=requests) for _ in range(2)))
+    found = Counter(outcome for result in results for outcome in result["outcomes"])
+    refused = found.pop("NO_VALID_HOST")
+    print(f"{policy}: {refused + found.total()} tried, {found.total()} granted")  # noqa: T201
+    groups = opened.read_now(server_group_store.load, opened, group_ids)
+    for group in groups.values():
+        assert not group.misplaced()
+        if policy == "AFFINITY":
+            assert 0 < sum(group.members.values()) <= 20
+        else:
+            assert sum(group.members.values()) == granted
+    assert sum(sum(group.members.values()) for group in groups.values()) == found.total()
+
+
+def test_a_server_group_with_members_is_not_deleted(opened: Database, url: str) -> None:
+    def prepare() -> tuple[str, list[str]]:
+        model.Quota.create(project_id=PROJECT, instance_count=-1, vcpu_count=-1, memory_mib=-1)
+        return make_flavor(), [server_groups.insert(PROJECT, "AFFINITY", 1) for _ in range(40)]
+
+    flavor_id, group_ids = opened.write_now(prepare)
+    joined, deleted = race(
+        Racer("create", url, count=40, flavor_id=flavor_id, server_group_ids=group_ids),
+        Racer("delete_server_groups", url, server_group_ids=group_ids[::-1]),
+    )
+    found = list(zip(joined["outcomes"], deleted["outcomes"][::-1], strict=True))
+    for join, delete in found:
+        assert join.startswith("cop-") != delete.startswith("cop-"), (join, delete)
+        assert {join, delete} & {"SERVER_GROUP_NOT_FOUND", "SERVER_GROUP_IN_USE"}
+    left = opened.read_now(lambda: {row.id for row in model.ServerGroup.select()})
+    members = opened.read_now(lambda: {row.server_group_id for row in model.Instance.select()})
+    print(f"server groups: 40, {len(left)} joined, {40 - len(left)} deleted")  # noqa: T201
+    assert members == left
 
 
 def test_a_quota_is_used_up_exactly(opened: Database, url: str) -> None:

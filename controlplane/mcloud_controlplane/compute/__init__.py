@@ -1,1 +1,1 @@
-"""The compute API: instances, flavors, key pairs, hosts and quotas."""
+"""The compute API: instances, flavors, key pairs, server groups, hosts and quotas."""

@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from mcloud.compute.v1 import flavor_pb2, flavor_service_pb2
 from mcloud_base import errors, ids
-from mcloud_controlplane.compute.model import Flavor, locked, shared
+from mcloud_controlplane.compute.model import Flavor, shared
 from mcloud_controlplane.core import auth, convert, database, listing, tables
 from mcloud_controlplane.core.mutation import Mutation
 
@@ -29,9 +29,8 @@ def get(id_: str, *, lock: bool = False) -> Flavor:
     Raises:
         errors.NotFound: FLAVOR_NOT_FOUND.
     """
-    query = Flavor.select().where((Flavor.id == id_) & Flavor.delete_time.is_null())
-    row: Flavor | None = (locked(query) if lock else query).first()
-    if row is None:
+    row = Flavor.find_locked(id_) if lock else Flavor.find(id_)
+    if row is None or row.delete_time is not None:
         raise errors.NotFound("FLAVOR_NOT_FOUND", f"there is no flavor {id_}", id=id_)
     return row
 

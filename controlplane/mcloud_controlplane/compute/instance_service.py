@@ -36,14 +36,16 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     async def CreateInstance(
         self, request: instance_service_pb2.CreateInstanceRequest, context: Context
     ) -> operation_pb2.Operation:
-        """Record an instance and its operation (step 4); the conductor goes on."""
-        operation = await self._frame.mutate(request, instance_store.create)
+        """Record instances and their operations (step 4); the conductor goes on."""
+        operation = await self._frame.mutate(
+            request, instance_store.create, is_long=request.count > 1
+        )
         if request.validate_only:
-            await self._explain_placement(operation)
+            await self._explain_placement(operation, request.count)
         return operation
 
-    async def _explain_placement(self, operation: operation_pb2.Operation) -> None:
-        """Ask the scheduler, without a claim.
+    async def _explain_placement(self, operation: operation_pb2.Operation, count: int) -> None:
+        """Ask the scheduler whether there is room for so many, without a claim.
 
         Raises:
             errors.Exhausted: NO_VALID_HOST, with the explanation.
@@ -62,6 +64,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
                 ),
                 host_id=wanted.spec.placement.host_id,
                 availability_zone=wanted.spec.placement.availability_zone,
+                server_group_id=wanted.spec.placement.server_group_id,
+                count=count,
                 dry_run=True,
             ),
         )

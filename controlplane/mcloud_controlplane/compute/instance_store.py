@@ -18,7 +18,12 @@ from mcloud.compute.v1 import (
 )
 from mcloud.scheduler.v1 import placement_pb2
 from mcloud_base import errors, ids
-from mcloud_controlplane.compute import flavor_store, key_pair_store, quota_store
+from mcloud_controlplane.compute import (
+    flavor_store,
+    key_pair_store,
+    quota_store,
+    server_group_store,
+)
 from mcloud_controlplane.compute.model import Domain, Host, Instance, Placement, locked, shared
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
 from mcloud_controlplane.core.model import Prepared
@@ -30,6 +35,7 @@ _DELETE_S = 420.0
 _CHANGE_S = 240.0
 _SILENT_STATES = ("ACTIVE", "SHUTOFF", "PAUSED", "REBOOT")
 _LAST_DEVICE = ord("z")
+_MOST_NAME = 255  # as the contract has it
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -155,6 +161,7 @@ def list_page(
             "host_id": Instance.host_id,
             "flavor_id": Instance.flavor_id,
             "image_id": Instance.image_id,
+            "server_group_id": Instance.server_group_id,
         },
         where=Instance.delete_time.is_null(),
     )
@@ -195,7 +202,7 @@ def explain(
 def create(
     work: Mutation, request: instance_service_pb2.CreateInstanceRequest
 ) -> instance_pb2.Instance | None:
-    """Record an instance with every id that its workflow will need (step 4)."""
+    """Record instances with every id that their workflows will need (step 4)."""
     caller, spec = work.caller, request.spec
     project_id = _project(caller)
     flavor = flavor_store.get(spec.flavor_id)
@@ -203,13 +210,20 @@ def create(
     key = key_pair_store.get(caller, spec.key_pair_id) if spec.key_pair_id else None
     if spec.placement.host_id:
         caller.require_system(auth.Rule.ROLE_ADMIN, "choosing the host")
-    _check_spec(spec)
-    quota_store.require(project_id, instances=1, vcpus=size.vcpu_count, memory_mib=size.memory_mib)
-    _require_free_name(project_id, request.name)
-    moment, id_ = database.now(), ids.new("i")
-    row = Instance(
-        id=id_,
-        name=request.name,
+    if spec.placement.server_group_id:
+        server_group_store.join(caller, spec.placement.server_group_id)
+    names = _names(request)
+    _check_spec(spec, len(names))
+    count = len(names)
+    quota_store.require(
+        project_id,
+        instances=count,
+        vcpus=count * size.vcpu_count,
+        memory_mib=count * size.memory_mib,
+    )
+    _require_free_names(project_id, names)
+    moment = database.now()
+    like = Instance(
         project_id=project_id,
         labels=dict(request.labels),
         create_time=moment,
@@ -222,42 +236,70 @@ def create(
         vcpu_count=size.vcpu_count,
         memory_mib=size.memory_mib,
         disk_gib=size.disk_gib,
-        hostname=hostname(request.name, id_),
         key_pair_name=key.name if key else "",
         public_key=key_pair_store.public_key(key) if key else "",
-        nics=[
-            {
-                "port_id": nic.port_id or ids.new("port"),
-                "network_id": nic.network_id,
-                "existing": bool(nic.port_id),
-                "ip": nic.ip_address,
-            }
-            for nic in spec.nics
-        ],
-        volumes=[
-            {
-                "attachment_id": ids.new("att"),
-                "volume_id": volume.volume_id,
-                "device": f"vd{chr(ord('b') + number)}",
-                "delete_with_instance": volume.delete_with_instance,
-            }
-            for number, volume in enumerate(spec.volumes)
-        ],
-        operation_id=work.operation_id,
+        server_group_id=spec.placement.server_group_id or None,
         reserved=True,
     )
-    row.save(force_insert=True)
-    work.concerns("instance", row.id, row.name, project_id)
-    tables.changed("instance", row.id, project_id, "ADDED")
-    if work.validate_only:
-        return messages([row])[0]
-    _trace_request(work)
-    work.start(
-        "create_instance",
-        json.dumps({"domain_id": ids.new("d")}),
-        deadline_s=_CREATE_S,
+    if request.count <= 1:
+        row = _create(work, like, spec, request.name)
+        return messages([row])[0] if work.validate_only else None
+    work.concerns("instance", "", request.name, project_id)
+    rows = [_create(work.part(), like, spec, name) for name in names]
+    work.wait_for_parts(deadline_s=_CREATE_S)
+    return messages(rows[:1])[0] if work.validate_only else None
+
+
+def _names(request: instance_service_pb2.CreateInstanceRequest) -> list[str]:
+    if request.count <= 1:
+        return [request.name]
+    names = [f"{request.name}-{number}" for number in range(1, request.count + 1)]
+    if len(names[-1]) > _MOST_NAME:
+        raise errors.bad_field("name", f"{names[-1]} would be too long; choose a shorter name")
+    return names
+
+
+def _create(work: Mutation, like: Instance, spec: instance_pb2.InstanceSpec, name: str) -> Instance:
+    """Record one, and begin to build it."""
+    id_ = ids.new("i")
+    row = Instance(
+        **like.__data__
+        | {
+            "id": id_,
+            "name": name,
+            "hostname": hostname(name, id_),
+            "nics": [
+                {
+                    "port_id": nic.port_id or ids.new("port"),
+                    "network_id": nic.network_id,
+                    "existing": bool(nic.port_id),
+                    "ip": nic.ip_address,
+                }
+                for nic in spec.nics
+            ],
+            "volumes": [
+                {
+                    "attachment_id": ids.new("att"),
+                    "volume_id": volume.volume_id,
+                    "device": f"vd{chr(ord('b') + number)}",
+                    "delete_with_instance": volume.delete_with_instance,
+                }
+                for number, volume in enumerate(spec.volumes)
+            ],
+            "operation_id": work.operation_id,
+        }
     )
-    return None
+    row.save(force_insert=True)
+    work.concerns("instance", row.id, row.name, row.project_id)
+    tables.changed("instance", row.id, row.project_id, "ADDED")
+    if not work.validate_only:
+        _trace_request(work)
+        work.start(
+            "create_instance",
+            json.dumps({"domain_id": ids.new("d")}),
+            deadline_s=_CREATE_S,
+        )
+    return row
 
 
 _CREATE_S = 600.0
@@ -280,12 +322,16 @@ def _trace_request(work: Mutation) -> None:
     work.step(4, "record, reserve", "compute", call.authorize_end_time, None, host=here)
 
 
-def _check_spec(spec: instance_pb2.InstanceSpec) -> None:
+def _check_spec(spec: instance_pb2.InstanceSpec, count: int) -> None:
     for number, nic in enumerate(spec.nics):
+        if count > 1 and (nic.port_id or nic.ip_address):
+            raise errors.bad_field(f"spec.nics[{number}]", "only one instance can have it")
         if bool(nic.network_id) == bool(nic.port_id):
             raise errors.bad_field(f"spec.nics[{number}]", "must name either a network or a port")
         if nic.port_id and nic.ip_address:
             raise errors.bad_field(f"spec.nics[{number}].ip_address", "a port has its own address")
+    if count > 1 and spec.volumes:
+        raise errors.bad_field("spec.volumes", "only one instance can have them")
     for what, found in (
         ("spec.volumes", [volume.volume_id for volume in spec.volumes]),
         ("spec.nics", [nic.port_id for nic in spec.nics if nic.port_id]),
@@ -294,13 +340,24 @@ def _check_spec(spec: instance_pb2.InstanceSpec) -> None:
             raise errors.bad_field(what, "the same one is named twice")
 
 
-def _require_free_name(project_id: str, name: str) -> None:
-    taken = Instance.select().where(
-        (Instance.project_id == project_id)
-        & (Instance.name == name)
-        & Instance.delete_time.is_null()
-    )
-    if taken.exists():
+_TAKEN = Prepared(
+    Instance,
+    lambda projects, names: (
+        Instance.select(Instance.name)
+        .where(
+            (Instance.project_id == projects[0])
+            & Instance.name.in_(names)
+            & Instance.delete_time.is_null()
+        )
+        .order_by(Instance.create_time)
+        .limit(1)
+        .tuples()
+    ),
+)
+
+
+def _require_free_names(project_id: str, names: Sequence[str]) -> None:
+    for (name,) in _TAKEN.rows([project_id], names):
         raise errors.AlreadyExists(
             "INSTANCE_NAME_TAKEN", f"the project has an instance {name}; choose another name",
             name=name,
@@ -334,7 +391,7 @@ def update(
     """Change the name or the labels."""
     row = get(work.caller, request.id, lock=True)
     if "name" in request.update_mask.paths and request.name != row.name:
-        _require_free_name(row.project_id, request.name)
+        _require_free_names(row.project_id, [request.name])
     convert.apply_mask(row, request, instance_pb2.InstanceSpec, ("name", "labels"))
     row.save()
     work.concerns("instance", row.id, row.name, row.project_id)
@@ -372,6 +429,7 @@ def delete(
     row.operation_id = work.operation_id
     row.save()
     tables.changed("instance", row.id, row.project_id)
+    server_group_store.leave(row)
     work.start("delete_instance", json.dumps(job), deadline_s=_DELETE_S)
     return None
 

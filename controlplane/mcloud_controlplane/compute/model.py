@@ -40,6 +40,20 @@ class KeyPair(Resource):
 KeyPair.add_index(KeyPair.project_id, KeyPair.name, unique=True)
 
 
+class ServerGroup(Resource):
+    """Instances that are to run on one host, or on different ones."""
+
+    policy = peewee.TextField()  # names of mcloud.compute.v1.ServerGroupSpec.Policy
+    max_instances_per_host = peewee.IntegerField()  # at least 1
+
+    class Meta:
+        database = database
+        table_name = "server_group"
+
+
+ServerGroup.add_index(ServerGroup.project_id, ServerGroup.name, unique=True)
+
+
 class Quota(Model):
     """What a project may have; its row is the lock under which usage is counted."""
 
@@ -48,6 +62,7 @@ class Quota(Model):
     vcpu_count = peewee.BigIntegerField(default=200)
     memory_mib = peewee.BigIntegerField(default=524_288)
     key_pair_count = peewee.BigIntegerField(default=100)
+    server_group_count = peewee.BigIntegerField(default=50)
 
     class Meta:
         database = database
@@ -80,6 +95,7 @@ class Instance(Resource):
     # Ports, attachments, the image may be held for it: from its beginning to its release.
     reserved = peewee.BooleanField(default=False)
     launch_time = peewee.BigIntegerField(null=True)
+    server_group_id = peewee.TextField(null=True)
 
     class Meta:
         database = database
@@ -95,6 +111,12 @@ Instance.add_index(
     Instance.create_time,
     Instance.id,
     where=Instance.delete_time.is_null(),
+)
+# The members of a server group, oldest first.
+Instance.add_index(
+    Instance.server_group_id,
+    Instance.id,
+    where=Instance.delete_time.is_null() & Instance.server_group_id.is_null(False),
 )
 
 
@@ -171,9 +193,14 @@ class Claim(Model):
     memory_mib = peewee.BigIntegerField()
     disk_gib = peewee.BigIntegerField()
     create_time = peewee.BigIntegerField()
+    server_group_id = peewee.TextField(null=True)  # of its instance
 
     class Meta:
         database = database
+
+
+# How many members of a server group each host has.
+Claim.add_index(Claim.server_group_id, Claim.host_id, where=Claim.server_group_id.is_null(False))
 
 
 class Placement(Model):
@@ -204,7 +231,9 @@ class HostListing(Model):
         primary_key = peewee.CompositeKey("request_id", "host_id")
 
 
-MODELS = (Flavor, KeyPair, Quota, Instance, Domain, Host, Claim, Placement, HostListing)
+MODELS = (
+    Flavor, KeyPair, ServerGroup, Quota, Instance, Domain, Host, Claim, Placement, HostListing,
+)  # fmt: skip
 
 
 def locked(query: QueryT) -> QueryT:

@@ -10,17 +10,19 @@ from mcloud.compute.v1 import (
     operation_service_pb2_grpc,
     quota_service_pb2_grpc,
     schema_service_pb2_grpc,
+    server_group_service_pb2_grpc,
 )
 from mcloud.scheduler.v1 import placement_service_pb2_grpc
-from mcloud_controlplane.compute import model, pruning
+from mcloud_controlplane.compute import model, pruning, quota_store
 from mcloud_controlplane.compute.flavor_service import FlavorServicer
 from mcloud_controlplane.compute.host_service import HostServicer
 from mcloud_controlplane.compute.instance_service import InstanceServicer
 from mcloud_controlplane.compute.key_pair_service import KeyPairServicer
-from mcloud_controlplane.compute.quota_service import QuotaServicer
+from mcloud_controlplane.compute.server_group_service import ServerGroupServicer
 from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.operations import OperationServicer
 from mcloud_controlplane.core.pruner import Pruner
+from mcloud_controlplane.core.quotas import QuotaServicer
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.core.schema_service import SchemaServicer
 
@@ -42,10 +44,15 @@ def register(runtime: Runtime) -> None:
         KeyPairServicer(opened, frame),
     )
     runtime.add(
+        server_group_service_pb2_grpc.add_ServerGroupServiceServicer_to_server,
+        ServerGroupServicer(opened, frame),
+    )
+    runtime.add(
         host_service_pb2_grpc.add_HostServiceServicer_to_server, HostServicer(opened, frame)
     )
     runtime.add(
-        quota_service_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(opened, frame)
+        quota_service_pb2_grpc.add_QuotaServiceServicer_to_server,
+        QuotaServicer(opened, frame, quota_store.QUOTAS),
     )
     runtime.add(
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,

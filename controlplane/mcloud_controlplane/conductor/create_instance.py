@@ -71,6 +71,7 @@ class CreateInstance:
             errors.InvalidArgument: FLAVOR_TOO_SMALL.
         """
         instance = await self._database.read_few(store.get_instance, job.resource_id)
+        job.known["instance"] = instance
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
         image, *ports = await together(
             self._neighbours.ensure_image_use(job, instance.image_id),
@@ -117,7 +118,9 @@ class CreateInstance:
         Raises:
             errors.Exhausted: NO_VALID_HOST, with the explanation: hosts removed by each filter.
         """
-        instance = await self._database.read_few(store.get_instance, job.resource_id)
+        instance: Any = job.known.get("instance")
+        if instance is None:  # another process has reserved
+            instance = await self._database.read_few(store.get_instance, job.resource_id)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
         answer = await self._neighbours.select_destination(
             placement_service_pb2.SelectDestinationsRequest(
@@ -131,6 +134,7 @@ class CreateInstance:
                 ),
                 host_id=spec.placement.host_id,
                 availability_zone=spec.placement.availability_zone,
+                server_group_id=spec.placement.server_group_id,
                 lease_number=job.lease_number,
                 operation_id=job.operation_id,
             )
@@ -166,9 +170,9 @@ class CreateInstance:
 
     def succeed(self, job: Job) -> None:
         """Make the instance ACTIVE, in the operation's last transaction."""
-        store.end_operation(job, state="ACTIVE", launch_time=database.now(), fault=None)
+        instance = store.end_operation(job, state="ACTIVE", launch_time=database.now(), fault=None)
         store.count_build(job.data["domain_id"], failed=False)
-        job.response = instance_store.get_message(job.resource_id)
+        job.response = instance_store.messages([instance])[0]
 
     def fail(self, job: Job) -> None:
         """Make the instance say why it is not; nothing of it is left, or it says where."""

@@ -58,6 +58,7 @@ def hold_claim(job: Job, domain_id: str) -> bool:
         domain_id=domain_id,
         instance_id=instance.id,
         host_id=domain.host_id,
+        server_group_id=instance.server_group_id,
         create_time=database.now(),
         **values,
     ).on_conflict(conflict_target=[Claim.domain_id], update=values).execute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import peewee
 from google.rpc import status_pb2
 from peewee import JOIN
 
@@ -15,9 +16,13 @@ from mcloud_base import errors, ids
 from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, locked, shared
 from mcloud_controlplane.core import contract, database, sessions, tables
 from mcloud_controlplane.core import workflow as workflows
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.session_follower import Pending
+from mcloud_controlplane.core.statements import Kept
 
 State = domain_pb2.DomainStatus.State
+
+_OPERATION_ID = len(ids.new("cop"))
 
 # What an instance's state becomes when its domain's is observed and no operation works on it.
 _INSTANCE_STATES = {
@@ -94,12 +99,10 @@ def _desired(condition: Any) -> dict[str, list[session_pb2.Desired]]:
 
 def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
     """Record a report, unless it is stale, of another host or of an unknown domain."""
-    newer = (Domain.incarnation < incarnation) | (
-        (Domain.incarnation == incarnation) & (Domain.sequence < report.sequence)
-    )
-    mine = (Domain.id == report.id) & (Domain.host_id == host_id) & newer
-    row = locked(Domain.select().where(mine)).first()
-    if row is None:
+    row = Domain.find_locked(report.id)
+    if row is None or row.host_id != host_id:
+        return
+    if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
         return
     status = domain_pb2.DomainStatus()
     report.status.Unpack(status)
@@ -112,7 +115,7 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
         row.absent_time = database.now()
     row.save()
     tables.changed("domain", row.id, row.project_id)
-    operation_id = _operation_id(row)
+    operation_id = _begun_by(row.operation_id)
     if status.steps and operation_id and status.desired_generation == row.generation:
         workflows.save_trace(shared, operation_id, 1, list(status.steps))
         tables.changed("operation", operation_id, row.project_id)
@@ -123,23 +126,18 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
     _follow_domain(row, status)
 
 
-def _operation_id(row: Domain) -> str:
-    """Return the operation that made the present generation; with an undo, its key says more."""
-    return str(row.operation_id).partition("/")[0]
+def _begun_by(key: str) -> str:
+    """Return the operation that made a generation, of its key; with an undo, that says more."""
+    return key.partition("/")[0]
 
 
 def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
     """Let the instance follow its domain, where no operation works on it."""
-    instance = locked(
-        Instance.select().where(
-            (Instance.id == row.instance_id)
-            & (Instance.domain_id == row.id)
-            & (Instance.operation_id == "")
-            & Instance.delete_time.is_null()
-        )
-    ).first()
     state = _INSTANCE_STATES.get(row.state)
-    if instance is None or row.absent or state is None:
+    if row.absent or state is None:
+        return
+    instance = next(iter(_FREE.rows([row.instance_id], [row.id])), None)
+    if instance is None:
         return
     if instance.state == "ERROR" and instance.launch_time is None:
         return  # it was never built
@@ -150,6 +148,19 @@ def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
         set_instance(instance.id, state=state, power_reason=reason, power_state=power)
 
 
+_FREE = Prepared(
+    Instance,
+    lambda ids, domain_ids: locked(
+        Instance.select().where(
+            (Instance.id == ids[0])
+            & (Instance.domain_id == domain_ids[0])
+            & (Instance.operation_id == "")
+            & Instance.delete_time.is_null()
+        )
+    ),
+)
+
+
 def set_instance(id_: str, **values: Any) -> None:
     """Change an instance's row, its version and the log. Within a unit."""
     columns = {**values, "version": Instance.version + 1, "update_time": database.now()}
@@ -158,17 +169,24 @@ def set_instance(id_: str, **values: Any) -> None:
     tables.changed("instance", id_, project_id)
 
 
-def end_operation(job: workflows.Job, **values: Any) -> None:
-    """Change an instance's row as its operation ends, and free it. Within a unit.
+def end_operation(job: workflows.Job, **values: Any) -> Instance:
+    """Change an instance's row as its operation ends, free it and return it. Within a unit.
 
     An operation that was pre-empted by a delete changes nothing of what that has begun.
     """
-    instance = locked(Instance.select().where(Instance.id == job.resource_id)).get()
+    instance = Instance.find_locked(job.resource_id)
+    assert instance is not None, "it stays while an operation works on it"
     if instance.operation_id == job.operation_id:
         values["operation_id"] = ""
     elif instance.delete_time is not None:
         values.pop("state", None)
-    set_instance(job.resource_id, **values)
+    for name, value in values.items():
+        setattr(instance, name, value)
+    instance.version += 1
+    instance.update_time = database.now()
+    instance.save()
+    tables.changed("instance", instance.id, instance.project_id)
+    return instance
 
 
 def add_volume(job: workflows.Job, volume: dict[str, Any]) -> int:
@@ -296,13 +314,29 @@ def _retire_domain(job: workflows.Job, domain_id: str) -> Domain:
 
 def count_build(domain_id: str, *, failed: bool) -> None:
     """Remember builds that a host refused, one after the other; the scheduler avoids such hosts."""
-    change: Any = Host.update(failure_count=Host.failure_count + 1 if failed else 0)
-    its_host = Domain.select(Domain.host_id).where(Domain.id == domain_id)
-    concerned = Host.id.in_(its_host)
-    if not failed:
-        concerned &= Host.failure_count > 0
-    for (host_id,) in change.where(concerned).returning(Host.id).tuples().execute():
+    count = _FAILED if failed else _BUILT
+    for (host_id,) in count.run(Host._meta.database, [domain_id]):
         tables.changed("host", host_id, "")
+
+
+def _its_host(domain_id: Any) -> Any:
+    return Host.id.in_(Domain.select(Domain.host_id).where(Domain.id == domain_id))
+
+
+_FAILED = Kept(
+    lambda ids: (
+        Host.update(failure_count=Host.failure_count + 1)
+        .where(_its_host(ids[0]))
+        .returning(Host.id)
+    )
+)
+_BUILT = Kept(
+    lambda ids: (
+        Host.update(failure_count=0)
+        .where(_its_host(ids[0]) & (Host.failure_count > 0))
+        .returning(Host.id)
+    )
+)
 
 
 def release_claim(job: workflows.Job, domain_id: str) -> None:
@@ -312,6 +346,33 @@ def release_claim(job: workflows.Job, domain_id: str) -> None:
     if row is not None:
         row.delete_instance()
         tables.changed("host", row.host_id, "")
+
+
+def _placed(domain_ids: Sequence[str], host_ids: Sequence[str]) -> Any:
+    """Return what is to be known of a domain on a host, the trace of its operation included."""
+    operation = shared.operation
+    return (
+        Domain.select(
+            Domain.id,
+            Domain.generation,
+            Domain.absent,
+            Domain.operation_id,
+            Domain.instance_id,
+            Host.availability_zone,
+            operation.trace_id,
+        )
+        .join(Host, on=(Host.id == Domain.host_id))
+        .join(
+            operation,
+            JOIN.LEFT_OUTER,
+            on=(operation.id == peewee.fn.SUBSTR(Domain.operation_id, 1, _OPERATION_ID)),
+        )
+        .where((Domain.id == domain_ids[0]) & (Domain.host_id == host_ids[0]))
+        .tuples()
+    )
+
+
+_PLACED = Prepared(Domain, _placed)
 
 
 def domain_spec(
@@ -328,17 +389,14 @@ def domain_spec(
         raise errors.WrongState(
             "STALE_EPOCH", "the control plane was restored; begin a new session"
         )
-    row = Domain.get_or_none((Domain.id == request.domain_id) & (Domain.host_id == host_id))
-    if row is None:
+    found = _PLACED.rows([request.domain_id], [host_id])
+    if not found:
         raise errors.NotFound("DOMAIN_NOT_FOUND", f"there is no domain {request.domain_id} here")
-    if row.absent:
-        raise errors.WrongState("DOMAIN_ABSENT", f"domain {request.domain_id} is to be removed")
-    instance = Instance.get_by_id(row.instance_id)
-    operation = shared.operation
-    query: Any = operation.select(operation.trace_id).where(operation.id == _operation_id(row))
-    traceparent = ""
-    for (trace_id,) in query.tuples():
-        traceparent = f"00-{trace_id}-{trace_id[:16]}-01" if trace_id else ""
+    row_id, generation, absent, operation_id, instance_id, zone, trace_id = found[0]
+    if absent:
+        raise errors.WrongState("DOMAIN_ABSENT", f"domain {row_id} is to be removed")
+    instance = Instance.get_by_id(instance_id)
+    traceparent = f"00-{trace_id}-{trace_id[:16]}-01" if trace_id else ""
     spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
     keys = []
     if instance.public_key:
@@ -346,11 +404,11 @@ def domain_spec(
             domain_pb2.PublicKey(name=instance.key_pair_name, public_key=instance.public_key)
         )
     return domain_pb2.DomainSpec(
-        domain_id=row.id,
+        domain_id=row_id,
         instance_id=instance.id,
         project_id=instance.project_id,
         epoch=epoch,
-        generation=row.generation,
+        generation=generation,
         power_state=contract.enum_value(instance.power_state, domain_pb2.PowerState),
         boot_number=instance.boot_number,
         hard_reboot=instance.hard_reboot,
@@ -380,11 +438,11 @@ def domain_spec(
             public_keys=keys,
             metadata=dict(spec.guest_metadata),
             user_data=spec.user_data,
-            availability_zone=Host.get_by_id(host_id).availability_zone,
+            availability_zone=zone,
             config_drive=spec.config_drive,
             project_id=instance.project_id,
             flavor_name=instance.flavor_name,
         ),
-        operation_id=_operation_id(row),
+        operation_id=_begun_by(operation_id),
         traceparent=traceparent,
     )

@@ -74,6 +74,15 @@ def execute(sql: str, parameters: Sequence[object] = ()) -> Any:
     return store.execute(sql, parameters)
 
 
+def constant(sql: str) -> Any:
+    """Return a value that stays the same while a process lives; it is read once. Within a unit."""
+    store = _current.get()
+    assert store is not None, "outside of a unit"
+    if sql not in store.constants:
+        ((store.constants[sql],),) = store.execute(sql).fetchall()
+    return store.constants[sql]
+
+
 class Database:
     """A service's database, and the threads that use it.
 
@@ -108,6 +117,7 @@ class Database:
         self._queued = 0
         self._lock = threading.Lock()
         self._wakeups = Wakeups()
+        self.constants: dict[str, Any] = {}  # by the statement that reads it
         # Called within a unit with the row of an operation that is about to be written; returns the
         # row of its first step if this process goes on with it (workflow.py).
         self.offer: Callable[[Any], dict[str, Any] | None] = lambda row: None

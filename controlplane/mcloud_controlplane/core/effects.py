@@ -11,6 +11,7 @@ from typing import Any
 
 from mcloud_base import errors
 from mcloud_controlplane.core import database, tables
+from mcloud_controlplane.core.statements import Kept
 
 
 def ensure_may(shared: tables.Tables, id_: str, lease_number: int) -> None:
@@ -45,15 +46,30 @@ def see(shared: tables.Tables, id_: str, lease_number: int) -> None:
     _see(shared, id_, lease_number)
 
 
-def _see(shared: tables.Tables, id_: str, lease_number: int) -> bool:
-    table: Any = shared.effect
-    moved = table.insert(id=id_, lease_number=lease_number, retired=False, time=database.now())
-    moved = moved.on_conflict(
-        conflict_target=[table.id],
-        preserve=[table.lease_number, table.time],
-        where=table.lease_number <= lease_number,
+_MOVES: dict[type, Kept] = {}  # by table
+
+
+def _moving(table: Any) -> Kept:
+    """Return the statement that takes a lease number over, if it is not lower than what is seen."""
+    fields = [table.id, table.lease_number, table.retired, table.time]
+    return Kept(
+        lambda row, numbers: (
+            table.insert_many([row], fields=fields)
+            .on_conflict(
+                conflict_target=[table.id],
+                preserve=[table.lease_number, table.time],
+                where=table.lease_number <= numbers[0],
+            )
+            .returning(table.retired)
+        )
     )
-    rows = list(moved.returning(table.retired).tuples().execute())
+
+
+def _see(shared: tables.Tables, id_: str, lease_number: int) -> bool:
+    table = shared.effect
+    move = _MOVES.get(table) or _MOVES.setdefault(table, _moving(table))
+    moment = database.now()
+    rows = move.run(table._meta.database, [id_, lease_number, False, moment], [lease_number])
     if not rows:
         raise errors.Conflict(
             "STALE_LEASE", f"another runner has taken over the work on {id_}", id=id_

@@ -51,6 +51,12 @@ CREATE TABLE IF NOT EXISTS host_session (
 );
 """
 
+PARENTS = """
+ALTER TABLE operation ADD COLUMN parent_id TEXT;
+CREATE INDEX IF NOT EXISTS operation_parent_id_state
+    ON operation (parent_id, state) WHERE (parent_id IS NOT NULL);
+"""
+
 PROCESS = """
 CREATE TABLE IF NOT EXISTS process (
     id TEXT NOT NULL PRIMARY KEY, release TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,

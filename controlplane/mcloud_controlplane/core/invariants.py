@@ -56,6 +56,13 @@ def of_operations(shared: tables.Tables, workflows: Collection[str]) -> Invarian
         late = table.deadline + OVERDUE_US < database.now()
         query = table.select(table.id, table.resource_id, table.workflow)
         for row in query.where(table.state.in_(RUNNING) & late).order_by(table.id):
+            if row.workflow == operations.PARTS:
+                yield Violation(
+                    subject=row.id,
+                    detail="its deadline is past and it has not ended",
+                    repair="end it as soon as its parts have ended",
+                )
+                continue
             known = row.workflow in workflows
             why = "" if known else f"; nothing can run its workflow {row.workflow or '(none)'}"
             yield Violation(
@@ -73,6 +80,8 @@ def of_operations(shared: tables.Tables, workflows: Collection[str]) -> Invarian
         row = table.get_or_none(this)
         if row is None:
             return False
+        if row.workflow == operations.PARTS:
+            return operations.end_with_parts(shared, row.id)
         if row.workflow in workflows:
             # Whoever holds it is overtaken: the next one's lease number is higher.
             values: dict[str, Any] = {"lease_expire_time": 0, "not_before": 0}
@@ -88,6 +97,8 @@ def of_operations(shared: tables.Tables, workflows: Collection[str]) -> Invarian
             }
         table.update(values).where(this).execute()
         tables.changed("operation", row.id, row.project_id)
+        if "end_time" in values and row.parent_id is not None:
+            operations.part_ended(shared, row)
         return True
 
     return Invariant("OPERATION_OVERDUE", find, mend)

@@ -52,10 +52,24 @@ class Model(peewee.Model):
     @classmethod
     def find(cls, pk: Any) -> Self | None:
         """Return a row by its key, or None."""
-        query = _BY_KEY.get(cls)
+        return cls._find(pk, locks=False)
+
+    @classmethod
+    def find_locked(cls, pk: Any) -> Self | None:
+        """Return a row by its key, or None; over PostgreSQL locked until the commit."""
+        return cls._find(pk, locks=bool(cls._meta.database.for_update))
+
+    @classmethod
+    def _find(cls, pk: Any, *, locks: bool) -> Self | None:
+        query = _BY_KEY.get((cls, locks))
         if query is None:
-            key: Any = cls._meta.primary_key
-            query = _BY_KEY[cls] = Prepared(cls, lambda keys: cls.select().where(key == keys[0]))
+
+            def build(keys: Sequence[Any]) -> Any:
+                key: Any = cls._meta.primary_key
+                found = cls.select().where(key == keys[0])
+                return found.for_update() if locks else found
+
+            query = _BY_KEY[cls, locks] = Prepared(cls, build)
         rows: list[Self] = query.rows([pk])
         return rows[0] if rows else None
 
@@ -168,7 +182,7 @@ def _saving(kind: Any, names: Sequence[str], inserts: bool) -> statements.Kept:
     return statements.Kept(build)
 
 
-_BY_KEY: dict[type, Prepared] = {}
+_BY_KEY: dict[tuple[type, bool], Prepared] = {}
 _SAVES: dict[tuple[type, tuple[str, ...], bool], statements.Kept] = {}
 _FIRST: dict[type, Select] = {}
 _PLANS: dict[Any, tuple[Make | None, list[Any]]] = {}

@@ -8,8 +8,8 @@ then, or None after `start`ing a workflow.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from google.protobuf import any_pb2
@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from mcloud.common.v1 import operation_pb2
 from mcloud_base import errors, ids
 from mcloud_controlplane.core import auth, contract, database, operations, tables
+from mcloud_controlplane.core.statements import Kept
 
 RUNNING = "RUNNING"
 SUCCEEDED = "SUCCEEDED"
@@ -39,6 +40,8 @@ class Mutation:
     _job: str = "{}"
     _deadline: int | None = None
     _steps: list[dict[str, Any]] = field(default_factory=list)
+    _parent_id: str | None = None
+    _parts: list[Mutation] = field(default_factory=list)
 
     def concerns(self, type_: str, id_: str, name: str, project_id: str = "") -> None:
         """Name the resource that the operation works on, and whose it is."""
@@ -49,6 +52,20 @@ class Mutation:
         """Leave the rest to a workflow; `job` is JSON with every id that it will need."""
         self._workflow, self._job = workflow, job
         self._deadline = database.now() + int(min(deadline_s, self.longest_s) * 1_000_000)
+
+    def part(self) -> Mutation:
+        """Begin an operation of its own for a part of what was asked for.
+
+        The whole ends when its parts have ended.
+        """
+        id_ = ids.new(ids.prefix_of(self.operation_id))
+        made = replace(self, operation_id=id_, _parent_id=self.operation_id, _steps=[], _parts=[])
+        self._parts.append(made)
+        return made
+
+    def wait_for_parts(self, *, deadline_s: float) -> None:
+        """Leave the rest to the parts, which have begun theirs."""
+        self.start(operations.PARTS, "{}", deadline_s=deadline_s)
 
     def step(
         self,
@@ -99,14 +116,22 @@ class Frame:
         self._longest_s = longest_s
 
     async def mutate(
-        self, request: Any, unit: Callable[[Mutation, Any], Message | None]
+        self,
+        request: Any,
+        unit: Callable[[Mutation, Any], Message | None],
+        *,
+        is_long: bool = False,
     ) -> operation_pb2.Operation:
         """Run a MUTATE's unit once per request id and return its operation.
+
+        Args:
+            is_long: it writes hundreds of rows; others are served meanwhile.
 
         Raises:
             errors.InvalidArgument: REQUEST_ID_REUSED, with a different request.
         """
-        return await self._database.write(self._mutate, auth.caller(), auth.call(), request, unit)
+        write = self._database.write_long if is_long else self._database.write
+        return await write(self._mutate, auth.caller(), auth.call(), request, unit)
 
     def _mutate(
         self,
@@ -128,19 +153,30 @@ class Frame:
         if request.validate_only:
             database.unit().rollback = True
             return operations.message(row, [])
+        steps = self._record(mutation, row)
+        parts = None
+        if mutation._parts:
+            count = len(mutation._parts)
+            parts = operation_pb2.OperationParts(count=count, running_count=count)
+            for part in mutation._parts:
+                self._record(part, self._row(part, request, None))
+        return operations.message(row, steps, parts)
+
+    def _record(self, mutation: Mutation, row: tables.Operation) -> list[tables.OperationStep]:
+        """Write an operation and its steps so far; offer it to whoever runs it."""
         steps = list(mutation._steps)
-        if row.workflow:
+        if row.workflow and not mutation._parts:
             first = self._database.offer(row)
             if first is None:
-                tables.wake_runners(row.id, row.project_id)
+                tables.wake_runners("", row.project_id)
             elif first["number"] not in {step["number"] for step in steps}:
                 steps.append(first)
-        self._tables.operation.insert(**row.__data__).execute()
-        steps = [{"attempt": 1, **step, "operation_id": operation_id} for step in steps]
+        row.save(force_insert=True)
+        steps = [{"attempt": 1, **step, "operation_id": row.id} for step in steps]
         if steps:
             self._tables.operation_step.insert_many(steps).execute()
         tables.changed("operation", row.id, row.project_id, "ADDED")
-        return operations.message(row, [self._tables.operation_step(**step) for step in steps])
+        return [self._tables.operation_step(**step) for step in steps]
 
     def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:
         """Record a request, first thing in its unit; return what its first time made, if earlier.
@@ -155,9 +191,10 @@ class Frame:
             method=method,
             request_id=request.request_id,
         )
-        digest = contract.digest(request, self._key())
-        new: Any = table.insert(**key, hash=digest, operation_id=made_id, time=database.now())
-        if list(new.on_conflict_ignore().returning(table.hash).tuples().execute()):
+        digest = contract.digest(request, self._tables.request_key())
+        accept = _ACCEPTS.get(table) or _ACCEPTS.setdefault(table, _accepting(table, [*key]))
+        values = [*key.values(), digest, made_id, database.now()]
+        if accept.run(self._database.peewee, values):
             return ""
         row = table.get(*(getattr(table, name) == value for name, value in key.items()))
         if row.hash != digest:
@@ -168,16 +205,14 @@ class Frame:
             )
         return str(row.operation_id)
 
-    def _key(self) -> bytes:
-        return str(self._tables.deployment.get_by_id(1).request_key).encode()
-
     def _row(self, mutation: Mutation, request: Any, answer: Message | None) -> tables.Operation:
         moment = database.now()
         type_, resource_id, name = mutation._resource
         running = bool(mutation._workflow)
-        packed = any_pb2.Any()
-        packed.Pack(contract.masked(request))
-        response = None
+        packed = response = None
+        if mutation._parent_id is None:  # which has it
+            packed = any_pb2.Any()
+            packed.Pack(contract.masked(request))
         if answer is not None:
             response = any_pb2.Any()
             response.Pack(answer)
@@ -191,7 +226,7 @@ class Frame:
             principal_id=mutation.caller.principal_id,
             request_id=request.request_id,
             state=RUNNING if running else SUCCEEDED,
-            request=packed.SerializeToString(),
+            request=packed.SerializeToString() if packed else None,
             response=response.SerializeToString() if response else None,
             workflow=mutation._workflow,
             job=mutation._job,
@@ -199,4 +234,18 @@ class Frame:
             create_time=moment,
             end_time=None if running else moment,
             deadline=mutation._deadline,
+            parent_id=mutation._parent_id,
         )
+
+
+_ACCEPTS: dict[type, Kept] = {}  # by table
+
+
+def _accepting(table: Any, key: Sequence[str]) -> Kept:
+    """Return the statement that records a request; without a row if it was recorded earlier."""
+    fields = [getattr(table, name) for name in (*key, "hash", "operation_id", "time")]
+    return Kept(
+        lambda row: (
+            table.insert_many([row], fields=fields).on_conflict_ignore().returning(table.hash)
+        )
+    )

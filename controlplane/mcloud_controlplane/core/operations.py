@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import peewee
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
@@ -17,11 +18,15 @@ Operation = operation_pb2.Operation
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 # Workflows of these names only go forward: what they delete is gone for its owner already.
 FORWARD = "delete_"
+# No workflow: such an operation consists of others, and the last of them ends it.
+PARTS = "parts"
 _POLL_S = 2.0  # the net under the wake-ups
 
 
-def message(row: Any, steps: Sequence[Any]) -> Operation:
-    """Return an operation's row and those of its steps as the message."""
+def message(
+    row: Any, steps: Sequence[Any], parts: operation_pb2.OperationParts | None = None
+) -> Operation:
+    """Return an operation's row, those of its steps and how its parts are as the message."""
     operation = Operation(
         id=row.id,
         project_id=row.project_id,
@@ -39,6 +44,8 @@ def message(row: Any, steps: Sequence[Any]) -> Operation:
         steps=[_step(step) for step in steps],
         create_time=convert.timestamp(row.create_time),
         trace_id=row.trace_id,
+        parent_id=row.parent_id or "",
+        parts=parts,
     )
     if row.error:
         operation.error.CopyFrom(status_pb2.Status.FromString(bytes(row.error)))
@@ -50,7 +57,7 @@ def message(row: Any, steps: Sequence[Any]) -> Operation:
         operation.end_time.CopyFrom(convert.timestamp(row.end_time))
     if row.deadline is not None:
         operation.deadline.CopyFrom(convert.timestamp(row.deadline))
-    operation.progress_percent = _progress(row, steps)
+    operation.progress_percent = _progress(row, steps, parts)
     return operation
 
 
@@ -62,16 +69,84 @@ def get(shared: tables.Tables, operation_id: str) -> Operation:
     """
     row = shared.operation.find(operation_id)
     if row is None:
-        raise errors.NotFound(
-            "OPERATION_NOT_FOUND", f"there is no operation {operation_id}", id=operation_id
-        )
+        raise _not_found(operation_id)
+    return _whole(shared, row)
+
+
+def _not_found(id_: str) -> errors.NotFound:
+    return errors.NotFound("OPERATION_NOT_FOUND", f"there is no operation {id_}", id=id_)
+
+
+def _whole(shared: tables.Tables, row: Any) -> Operation:
     table = shared.operation_step
-    steps = (
-        table.select()
-        .where(table.operation_id == operation_id)
-        .order_by(table.number, table.attempt)
+    steps = table.select().where(table.operation_id == row.id)
+    in_order = steps.order_by(table.number, table.attempt)
+    return message(row, list(in_order), find_parts(shared, [row]).get(row.id))
+
+
+def find_parts(
+    shared: tables.Tables, rows: Sequence[Any]
+) -> dict[str, operation_pb2.OperationParts]:
+    """Return how the parts are of those among these that have some, in one statement."""
+    ids = [row.id for row in rows if row.workflow == PARTS]
+    if not ids:
+        return {}
+    found = {id_: operation_pb2.OperationParts() for id_ in ids}
+    table: Any = shared.operation
+    query = table.select(table.parent_id, table.state, peewee.fn.COUNT(table.id))
+    counts = query.where(table.parent_id.in_(ids)).group_by(table.parent_id, table.state)
+    for id_, state, count in counts.tuples():
+        parts = found[id_]
+        parts.count += count
+        if state in _ENDED:
+            setattr(parts, f"{state.lower()}_count", count)
+        else:
+            parts.running_count += count
+    return found
+
+
+def part_ended(shared: tables.Tables, part: Any) -> None:
+    """Say that a part of an operation has ended; if it was the last one, so has the operation.
+
+    Within the unit that has ended the part. It has locked the part's row and locks the other one's
+    now: who does so last sees that all have ended.
+    """
+    tables.changed("operation", part.parent_id, part.project_id)
+    end_with_parts(shared, part.parent_id)
+
+
+def end_with_parts(shared: tables.Tables, id_: str) -> bool:
+    """End an operation whose parts have ended; tell whether it did. Within a unit."""
+    table: Any = shared.operation
+    this = (table.id == id_) & (table.state == "RUNNING") & (table.workflow == PARTS)
+    lock = table.update(cancel_requested=table.cancel_requested).where(this)
+    if not lock.execute():
+        return False
+    parts = table.parent_id == id_
+    if table.select().where(parts & table.state.not_in(_ENDED)).exists():
+        return False
+    row = table.get_by_id(id_)
+    failed = list(
+        table.select(table.resource_name, table.state, table.error)
+        .where(parts & (table.state != "SUCCEEDED"))
+        .order_by(table.id)
+        .tuples()
     )
-    return message(row, list(steps))
+    values: dict[str, Any] = {"state": "SUCCEEDED"}
+    if failed:
+        count = table.select().where(parts).count()
+        # What went wrong says more than what was given up.
+        name, state, error = min(failed, key=lambda each: each[1] != "FAILED")
+        status = status_pb2.Status.FromString(bytes(error))
+        first = f"{len(failed)} of {count} could not be done; the first, {name}: "
+        status.message = first + status.message
+        cancelled = row.cancel_requested and state == "CANCELLED"
+        values["state"] = "CANCELLED" if cancelled else "FAILED"
+        values["error"] = status.SerializeToString()
+    table.update(values | {"end_time": database.now()}).where(this).execute()
+    tables.changed("operation", id_, row.project_id)
+    tables.tell_end(id_, row.project_id)
+    return True
 
 
 def _step(row: Any) -> operation_pb2.OperationStep:
@@ -90,9 +165,11 @@ def _step(row: Any) -> operation_pb2.OperationStep:
     return step
 
 
-def _progress(row: Any, steps: Sequence[Any]) -> int:
+def _progress(row: Any, steps: Sequence[Any], parts: operation_pb2.OperationParts | None) -> int:
     if row.state in _ENDED:
         return 100
+    if parts is not None:
+        return min(99, (parts.count - parts.running_count) * 100 // max(parts.count, 1))
     done = {step.number for step in steps if step.state in ("DONE", "SKIPPED")}
     return min(99, len(done) * 100 // 16)
 
@@ -113,7 +190,7 @@ class OperationServicer:
     async def ListOperations(
         self, request: operation_pb2.ListOperationsRequest, context: auth.Context
     ) -> operation_pb2.ListOperationsResponse:
-        """Return a page, newest first; two statements and the revision."""
+        """Return a page, newest first; two statements, or three, and the revision."""
         return await self._database.read(self._list, auth.caller(), request)
 
     async def WaitOperation(
@@ -169,18 +246,18 @@ class OperationServicer:
 
     def _ended(self, caller: auth.Caller, id_: str) -> Operation | None:
         """Return an operation that has ended; None before."""
-        table: Any = self._tables.operation
-        query = table.select(table.state, table.project_id).where(table.id == id_)
-        for state, project_id in query.tuples():
-            if state not in _ENDED and caller.sees(project_id):
-                return None
-        return self._get(caller, id_)
+        row = self._tables.operation.find(id_)
+        if row is not None and row.state not in _ENDED and caller.sees(row.project_id):
+            return None
+        return self._visible(caller, id_, row)
 
     def _get(self, caller: auth.Caller, id_: str) -> Operation:
-        operation = get(self._tables, id_)
-        if not caller.sees(operation.project_id):
-            raise errors.NotFound("OPERATION_NOT_FOUND", f"there is no operation {id_}", id=id_)
-        return operation
+        return self._visible(caller, id_, self._tables.operation.find(id_))
+
+    def _visible(self, caller: auth.Caller, id_: str, row: Any) -> Operation:
+        if row is None or not caller.sees(row.project_id):
+            raise _not_found(id_)
+        return _whole(self._tables, row)
 
     def _list(
         self, caller: auth.Caller, request: operation_pb2.ListOperationsRequest
@@ -197,6 +274,7 @@ class OperationServicer:
                 "resource.id": table.resource_id,
                 "resource.type": table.resource_type,
                 "method": table.method,
+                "parent_id": table.parent_id,
             },
             orders={"create_time": table.create_time},
             default_order="create_time desc",
@@ -206,8 +284,9 @@ class OperationServicer:
         query = steps.select().where(steps.operation_id.in_(list(found)))
         for step in query.order_by(steps.number, steps.attempt):
             found[step.operation_id].append(step)
+        parts = find_parts(self._tables, page.rows)
         return operation_pb2.ListOperationsResponse(
-            operations=[message(row, found[row.id]) for row in page.rows],
+            operations=[message(row, found[row.id], parts.get(row.id)) for row in page.rows],
             next_page_token=page.next_page_token,
             revision=str(revision),
         )
@@ -217,16 +296,15 @@ class OperationServicer:
     ) -> Operation:
         before = self._get(caller, request.id)
         table = self._tables.operation
-        cancelled = (
-            table.update(cancel_requested=True, not_before=0)
-            .where(
-                (table.id == request.id)
-                & (table.state == "RUNNING")
-                & (table.workflow != "")
-                & ~table.workflow.startswith(FORWARD)
-            )
-            .execute()
+        running = (
+            (table.state == "RUNNING")
+            & (table.workflow != "")
+            & ~table.workflow.startswith(FORWARD)
         )
+        cancel: Any = table.update(cancel_requested=True, not_before=0)
+        if before.HasField("parts"):  # locked as their ends lock them: before what they belong to
+            cancel.where(running & (table.parent_id == request.id)).execute()
+        cancelled = cancel.where(running & (table.id == request.id)).execute()
         operation = get(self._tables, request.id)
         if not cancelled:
             if operation.state in (Operation.STATE_CANCELLED, Operation.STATE_UNDOING):

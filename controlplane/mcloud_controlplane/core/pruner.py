@@ -12,7 +12,8 @@ change          Watches resume from a revision. Those older than the log are tol
 request         A repeat of a mutation finds the first for `keep_requests_s`: no client repeats one
                 for a day. While the operation that it began runs, it stays.
 operation       Once ended, a receipt. It stays while its request does, which answers with it, and
-                (`still_needed`) while something works with its lease number or its id.
+                (`still_needed`) while something works with its lease number or its id. Parts of
+                another one stay while that does, which counts them.
 operation_step  Goes with its operation, in the same transaction.
 effect          Only retired ids: of others the highest lease number is still compared. A retired id
                 keeps an effect that comes late from being done after its undo. Nothing comes so
@@ -35,6 +36,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import peewee
 import structlog
 
 from mcloud_base import errors
@@ -169,6 +171,9 @@ class Pruner:
         condition = table.state.in_(_ENDED) & old & table.id.not_in(repeated)
         if self._still_needed is not None:
             condition &= ~self._still_needed()
+        parent = table.alias()
+        whole = parent.select(parent.id).where(parent.id == table.parent_id)
+        condition &= table.parent_id.is_null() | ~peewee.fn.EXISTS(whole)
         condition &= table.id.in_(self._operation_cursor.page(limit))
         found = [row.id for row in table.select(table.id).where(condition)]
         step.delete().where(step.operation_id.in_(found)).execute()

@@ -96,6 +96,7 @@ class Operation(Model):
     lease_owner = peewee.TextField(default="")
     lease_number = peewee.BigIntegerField(default=0)
     lease_expire_time = peewee.BigIntegerField(default=0)
+    parent_id = peewee.TextField(null=True)  # the operation that it is a part of
 
     class Meta:
         indexes = ((("state", "lease_expire_time"), False),)
@@ -238,9 +239,12 @@ class Tables:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
     def epoch(self) -> str:
-        """Return the database's epoch. Within a unit."""
-        ((epoch,),) = database.execute(_EPOCH).fetchall()
-        return str(epoch)
+        """Return the database's epoch, which only a restore changes. Within a unit."""
+        return str(database.constant(_EPOCH))
+
+    def request_key(self) -> bytes:
+        """Return the key of the digests of requests. Within a unit."""
+        return str(database.constant(_REQUEST_KEY)).encode()
 
     def revision(self) -> int:
         """Return the revision up to which everything is committed. Within a unit."""
@@ -282,6 +286,7 @@ class Tables:
 
 
 _EPOCH = "SELECT epoch FROM deployment WHERE id = 1"
+_REQUEST_KEY = "SELECT request_key FROM deployment WHERE id = 1"
 _REVISION = "SELECT revision FROM deployment WHERE id = 1"
 _NEXT_REVISIONS = "UPDATE deployment SET revision = revision + ? WHERE id = 1 RETURNING revision"
 _INSERT_CHANGES = (
@@ -306,11 +311,14 @@ def bind(proxy: peewee.DatabaseProxy) -> Tables:
         meta = type("Meta", (), {"database": proxy, "table_name": name})
         return type(base.__name__, (base,), {"Meta": meta, "__module__": base.__module__})
 
+    operation = bound(Operation, "operation")
+    of_parts = operation.parent_id.is_null(False)
+    operation.add_index(operation.parent_id, operation.state, where=of_parts)
     return Tables(
         deployment=bound(Deployment, "deployment"),
         change=bound(Change, "change"),
         request=bound(Request, "request"),
-        operation=bound(Operation, "operation"),
+        operation=operation,
         operation_step=bound(OperationStep, "operation_step"),
         effect=bound(Effect, "effect"),
         host_session=bound(HostSession, "host_session"),

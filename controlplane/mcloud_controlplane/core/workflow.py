@@ -28,7 +28,8 @@ from google.rpc import status_pb2
 
 from mcloud.common.v1 import operation_pb2
 from mcloud_base import errors
-from mcloud_controlplane.core import contract, database, processes, tables, tracing
+from mcloud_controlplane.core import contract, database, operations, processes, tables, tracing
+from mcloud_controlplane.core.statements import Kept
 
 log = structlog.get_logger()
 
@@ -54,9 +55,11 @@ class Job:
     attempt: int
     deadline: int | None
     data: dict[str, Any]
+    parent_id: str | None = None  # the operation that this one is a part of
     error: errors.Error | None = None
     trace: list[operation_pb2.OperationStep] = field(default_factory=list)
     response: Message | None = None
+    known: dict[str, Any] = field(default_factory=dict)  # what need not be read again; not saved
     start: int = 0  # when the running step began
     detail: str = ""
     skipped: str = ""
@@ -152,8 +155,10 @@ class Runner:
         self._host_name = host_name
         self._life = life or processes.Life.first()
         self._owner = self._life.id
+        self._saves: dict[tuple[str, ...], Kept] = {}  # by the columns that they write
         self._highest = -1  # lease number that was given, as far as is known; -1: look
         self._moment = 0  # when it was last looked for work
+        self._left_some = True  # for want of room, perhaps: there is more when one has ended
         self._held: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
         self._event = asyncio.Event()
@@ -216,7 +221,8 @@ class Runner:
         left to whoever looks.
         """
         loop, busy = self._loop, self._database.waiting > _BUSY
-        if loop is None or busy or len(self._held) >= self.concurrency:
+        promised = len(database.unit().after_commit)  # of a request for many, those before this one
+        if loop is None or busy or len(self._held) + promised >= self.concurrency:
             return None
         if row.workflow not in self.workflows:
             return None
@@ -248,6 +254,7 @@ class Runner:
         room = min(self.concurrency - len(self._held), _BITE)
         if self._database.waiting > _BUSY:
             room = 0
+        self._left_some = True  # as far as is known, until it has looked
         try:
             # Most wake-ups are for something else: look first, without a writer's turn.
             free, cancelled = await self._database.read_few(self._look, room)
@@ -259,13 +266,15 @@ class Runner:
             self._cancellation(id_).set()
         for row in taken:
             self._start(row)
-        if taken and len(free) == room:
+        self._left_some = len(free) == room
+        if taken and self._left_some:
             self._event.set()  # there may be more
 
     def _left(self, id_: str, _: asyncio.Task[None]) -> None:
         self._held.pop(id_, None)
         self._cancelled.pop(id_, None)
-        self._event.set()
+        if self._left_some:
+            self._event.set()
 
     def _look(self, room: int) -> tuple[list[tuple[str, int]], list[str]]:
         table = self._tables.operation
@@ -366,6 +375,7 @@ class Runner:
             attempt=row.attempt,
             deadline=row.deadline,
             data=json.loads(row.job),
+            parent_id=row.parent_id,
         )
         if row.error:
             job.error = errors.from_status(status_pb2.Status.FromString(bytes(row.error)))
@@ -480,17 +490,26 @@ class Runner:
     # -- saves; each within one unit ---------------------------------------------------------------
 
     def _save(self, job: Job, **values: Any) -> None:
-        table = self._tables.operation
-        saved = (
-            table.update(job=json.dumps(job.data, sort_keys=True), **values)
-            .where((table.id == job.operation_id) & (table.lease_number == job.lease_number))
-            .execute()
-        )
-        if not saved:
+        names = ("job", *values)
+        save = self._saves.get(names) or self._saves.setdefault(names, self._saving(names))
+        values_ = [json.dumps(job.data, sort_keys=True), *values.values()]
+        held = [job.operation_id, job.lease_number]
+        if not save.cursor(self._database.peewee, values_, held).rowcount:
             raise _LeaseLostError
         tables.changed("operation", job.operation_id, job.project_id)
         if values.get("end_time"):
             tables.tell_end(job.operation_id, job.project_id)
+            if job.parent_id is not None:
+                operations.part_ended(self._tables, job)
+
+    def _saving(self, names: Sequence[str]) -> Kept:
+        """Return the statement that writes these columns of an operation that is held."""
+        table = self._tables.operation
+        return Kept(
+            lambda values, held: table.update(dict(zip(names, values, strict=True))).where(
+                (table.id == held[0]) & (table.lease_number == held[1])
+            )
+        )
 
     def _row(self, step: Step, state: str, start: int, end: int | None, detail: str = "") -> Row:
         return {
@@ -561,11 +580,10 @@ class Runner:
             self._export(job.operation_id)
 
     def _save_rows(self, job: Job, *rows: Row) -> None:
-        """Write rows of steps; of one that stands, how it began stays."""
-        _write_rows(
-            self._tables, job.operation_id, job.attempt, rows, ("state", "end_time", "detail")
-        )
-        save_trace(self._tables, job.operation_id, job.attempt, job.trace)
+        """Write rows of steps, others' with them; of one that stands, how it began stays."""
+        every = [*rows, *map(_row_of, job.trace)]
+        changed = ("state", "end_time", "detail")
+        _write_rows(self._tables, job.operation_id, job.attempt, every, changed)
 
     def _update_row(self, job: Job, step: Step, **values: Any) -> None:
         """Change the row of a step that is being undone; what has failed is shown as that."""
@@ -612,7 +630,7 @@ def _write_rows(
     operation_id: str,
     attempt: int,
     rows: Sequence[Row],
-    changed: Sequence[str],
+    changed: tuple[str, ...],
 ) -> None:
     """Write rows of a trace, in one statement; those without a number are not shown.
 
@@ -624,11 +642,27 @@ def _write_rows(
     found = {row["number"]: row for row in rows if row["number"]}
     if not found:
         return
-    key = {"operation_id": operation_id, "attempt": attempt}
-    table.insert_many([key | row for row in found.values()]).on_conflict(
-        conflict_target=[table.operation_id, table.number, table.attempt],
-        update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in changed},
-    ).execute()
+    write = _WRITES.get((table, changed)) or _WRITES.setdefault(
+        (table, changed), _writing(table, changed)
+    )
+    key = (operation_id, attempt)
+    values = [(*key, *(row[name] for name in _OF_ROW)) for row in found.values()]
+    write.run(table._meta.database, *values)
+
+
+_OF_ROW = ("number", "name", "service", "host", "state", "start_time", "end_time", "detail")
+_WRITES: dict[tuple[type, tuple[str, ...]], Kept] = {}
+
+
+def _writing(table: Any, changed: Sequence[str]) -> Kept:
+    """Return the statement that writes rows of a trace; of those that stand, these columns."""
+    fields = [getattr(table, name) for name in ("operation_id", "attempt", *_OF_ROW)]
+    return Kept(
+        lambda *rows: table.insert_many(rows, fields=fields).on_conflict(
+            conflict_target=[table.operation_id, table.number, table.attempt],
+            update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in changed},
+        )
+    )
 
 
 def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:

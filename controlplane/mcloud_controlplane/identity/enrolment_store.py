@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from mcloud.identity.v1 import enrolment_pb2, enrolment_service_pb2
 from mcloud_base import errors, ids, tls
 from mcloud_controlplane.core import auth, convert, database, listing, pki, tables
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.mutation import Frame, Mutation
 from mcloud_controlplane.identity import epoch_store, login_store
 from mcloud_controlplane.identity.model import Certificate, JoinToken, shared
@@ -159,17 +160,21 @@ def renew(
     return certificate
 
 
+_REVOKED = Prepared(
+    Certificate,
+    lambda fingerprints: Certificate.select().where(
+        (Certificate.fingerprint == fingerprints[0]) & Certificate.revoke_time.is_null(False)
+    ),
+)
+
+
 def require_not_revoked(fingerprint: str) -> None:
     """Refuse a certificate that has been revoked.
 
     Raises:
         errors.Unauthenticated: CERTIFICATE_REVOKED.
     """
-    if (
-        Certificate.select()
-        .where((Certificate.fingerprint == fingerprint) & Certificate.revoke_time.is_null(False))
-        .exists()
-    ):
+    if _REVOKED.rows([fingerprint]):
         raise errors.Unauthenticated(
             "CERTIFICATE_REVOKED", "this certificate has been revoked; enrol again"
         )

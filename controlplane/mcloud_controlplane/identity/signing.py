@@ -6,6 +6,7 @@ claims mean stands with whoever reads them: core/tokens.py.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import socket
 from typing import Any
@@ -58,8 +59,13 @@ def keys() -> list[SigningKey]:
 
 def sign(key: SigningKey, claims: dict[str, Any]) -> str:
     """Return the token of these claims."""
-    private = Ed25519PrivateKey.from_private_bytes(bytes(key.private_key))
+    private = _private_key(bytes(key.private_key))
     return jwt.encode(claims, private, algorithm="EdDSA", headers={"kid": key.id})
+
+
+@functools.lru_cache(maxsize=2)
+def _private_key(raw: bytes) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(raw)
 
 
 def read(token: str, known: list[SigningKey]) -> dict[str, Any]:

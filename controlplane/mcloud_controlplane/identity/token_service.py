@@ -18,6 +18,7 @@ from mcloud_controlplane.identity.login_store import Grant
 from mcloud_controlplane.identity.model import SigningKey
 
 _BOOKMARK_S = 1.0
+_KEY_S = 60.0  # for which a key is not read again: a newer one is not signed with at once
 
 
 class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
@@ -27,6 +28,8 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         self._database = database
         self._authenticator = authenticator
         self._ttl_s = ttl_s
+        self._key: SigningKey | None = None
+        self._key_time = 0.0
 
     async def CreateToken(
         self, request: token_service_pb2.CreateTokenRequest, context: Context
@@ -40,7 +43,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         else:
             secret = request.application_credential
             grant, key = await self._database.read_few(
-                _with_key,
+                self._with_key,
                 lambda: login_store.grant_credential(
                     secret.id, secret.secret, request.project, request.system
                 ),
@@ -60,8 +63,19 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         if user is None or user.disabled:
             raise login_store.bad_credentials()
         return await self._database.read_few(
-            _with_key, lambda: login_store.grant_user(user, request.project, request.system)
+            self._with_key, lambda: login_store.grant_user(user, request.project, request.system)
         )
+
+    def _with_key(self, decide: Callable[[], Grant]) -> tuple[Grant, SigningKey]:
+        return decide(), self._signing_key()
+
+    def _signing_key(self) -> SigningKey:
+        """Return the key to sign with. Within a unit."""
+        if self._key is None or time.monotonic() > self._key_time + _KEY_S:
+            self._key, self._key_time = signing.current_key(), time.monotonic()
+        if self._key is None:
+            raise errors.Unavailable("NO_SIGNING_KEY", "identity has no signing key yet; try again")
+        return self._key
 
     async def CreateDelegatedToken(
         self, request: token_service_pb2.CreateDelegatedTokenRequest, context: Context
@@ -71,7 +85,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         def read() -> tuple[int, SigningKey]:
             epoch = epoch_store.read([request.host_id])[request.host_id]
             enrolment_store.require_not_revoked(request.certificate_sha256)
-            return epoch, _key()
+            return epoch, self._signing_key()
 
         epoch, key = await self._database.read_few(read)
         claims = signing.delegated_claims(request, epoch)
@@ -135,17 +149,6 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
                         await event.wait()
                 except TimeoutError:
                     continue
-
-
-def _with_key(decide: Callable[[], Grant]) -> tuple[Grant, SigningKey]:
-    return decide(), _key()
-
-
-def _key() -> SigningKey:
-    key = signing.current_key()
-    if key is None:
-        raise errors.Unavailable("NO_SIGNING_KEY", "identity has no signing key yet; try again")
-    return key
 
 
 def _revision(text: str) -> int | None:

@@ -6,15 +6,17 @@ from mcloud.image.v1 import (
     image_service_pb2_grpc,
     invariant_service_pb2_grpc,
     operation_service_pb2_grpc,
+    quota_service_pb2_grpc,
     schema_service_pb2_grpc,
 )
 from mcloud_controlplane.core import invariants as core_invariants
 from mcloud_controlplane.core import operations
 from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.pruner import Pruner
+from mcloud_controlplane.core.quotas import QuotaServicer
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.core.schema_service import SchemaServicer
-from mcloud_controlplane.image import invariants, model, sweeper
+from mcloud_controlplane.image import invariants, model, quota_store, sweeper
 from mcloud_controlplane.image.contents import Contents
 from mcloud_controlplane.image.image_service import ImageServicer
 
@@ -27,6 +29,10 @@ def register(runtime: Runtime) -> None:
     runtime.add(
         image_service_pb2_grpc.add_ImageServiceServicer_to_server,
         ImageServicer(database, frame, contents),
+    )
+    runtime.add(
+        quota_service_pb2_grpc.add_QuotaServiceServicer_to_server,
+        QuotaServicer(database, frame, quota_store.QUOTAS),
     )
     runtime.add(
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mcloud.image.v1 import image_service_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import database, effects
+from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.image import image_store
-from mcloud_controlplane.image.model import Image, ImageUse, locked, shared
+from mcloud_controlplane.image.model import Image, ImageUse, shared
 
 _PAGE = 1000
 
@@ -20,28 +21,44 @@ def ensure(request: image_service_pb2.EnsureImageUseRequest) -> image_service_pb
         errors.Conflict: STALE_LEASE.
     """
     effects.ensure_may(shared, _key(request), request.lease_number)
-    here = (ImageUse.instance_id == request.instance_id) & (ImageUse.image_id == request.image_id)
-    use = ImageUse.get_or_none(here)
     # The lock keeps the sweeper from removing the bytes meanwhile.
-    row = locked(Image.select().where(Image.id == request.image_id)).first()
-    if use is None:
-        use = _make(request, row)
+    row = Image.find_locked(request.image_id)
+    use = ImageUse(
+        instance_id=request.instance_id,
+        image_id=request.image_id,
+        project_id=request.project_id,
+    )
+    if refusal := _refusal(request, row):
+        here = ImageUse.instance_id == use.instance_id
+        if not ImageUse.select().where(here & (ImageUse.image_id == use.image_id)).exists():
+            raise refusal
+    else:
+        _MAKE.run(ImageUse._meta.database, [use.instance_id, use.image_id, use.project_id])
+    assert row is not None, "it stays while it is used"
     answer = message(use)
     answer.image.CopyFrom(image_store.message(row))
     return answer
 
 
-def _make(request: image_service_pb2.EnsureImageUseRequest, row: Image | None) -> ImageUse:
+_MAKE = Kept(
+    lambda values: ImageUse.insert(
+        instance_id=values[0], image_id=values[1], project_id=values[2]
+    ).on_conflict_ignore()
+)
+
+
+def _refusal(
+    request: image_service_pb2.EnsureImageUseRequest, row: Image | None
+) -> errors.Error | None:
+    """Return why nobody can begin to use an image."""
     seen = row is not None and (row.project_id == request.project_id or row.visibility == "PUBLIC")
     if row is None or not seen or row.delete_time is not None:
-        raise image_store.not_found(request.image_id)
+        return image_store.not_found(request.image_id)
     if row.state != "ACTIVE":
-        raise errors.WrongState(
+        return errors.WrongState(
             "IMAGE_NOT_ACTIVE", f"image {row.id} is {row.state}; upload its bytes", id=row.id
         )
-    return ImageUse.create(
-        instance_id=request.instance_id, image_id=row.id, project_id=request.project_id
-    )
+    return None
 
 
 def release(request: image_service_pb2.ReleaseImageUseRequest) -> None:

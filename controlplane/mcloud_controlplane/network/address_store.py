@@ -17,6 +17,8 @@ import peewee
 
 from mcloud.network.v1 import port_pb2
 from mcloud_base import errors
+from mcloud_controlplane.core.model import Prepared
+from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.network.model import Address, AllocationPool, Port, Subnet, locked
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -150,24 +152,31 @@ def _insert(subnet: Subnet, where: int, port_id: str, number: int) -> Address:
     )
 
 
-def _free_position(subnet_id: str) -> int | None:
-    """Return a free position of the subnet's pools; two statements, more once they fill up."""
+def _pools(subnet_ids: Sequence[str]) -> Any:
+    """Return the pools of a subnet: first, last, the lowest and the highest position taken."""
     inside = (
         (Address.subnet_id == AllocationPool.subnet_id)
         & (Address.position >= AllocationPool.first)
         & (Address.position <= AllocationPool.last)
     )
-    pools: Any = list(
+    return (
         AllocationPool.select(
             AllocationPool.first,
             AllocationPool.last,
             Address.select(peewee.fn.MIN(Address.position)).where(inside).alias("lowest"),
             Address.select(peewee.fn.MAX(Address.position)).where(inside).alias("highest"),
         )
-        .where(AllocationPool.subnet_id == subnet_id)
+        .where(AllocationPool.subnet_id == subnet_ids[0])
         .order_by(AllocationPool.first)
-        .tuples()
     )
+
+
+_POOLS = Kept(_pools)
+
+
+def _free_position(subnet_id: str) -> int | None:
+    """Return a free position of the subnet's pools; two statements, more once they fill up."""
+    pools = _POOLS.run(AllocationPool._meta.database, [subnet_id])
     for first, last, _, highest in pools:
         if highest is None:
             return int(first)
@@ -206,9 +215,15 @@ def _in_use(text: str) -> errors.AlreadyExists:
 def of_ports(port_ids: Sequence[str]) -> dict[str, list[Address]]:
     """Return the addresses of ports, in one statement."""
     found: dict[str, list[Address]] = {id_: [] for id_ in port_ids}
-    for row in Address.select().where(Address.port_id.in_(port_ids)).order_by(Address.number):
+    for row in _OF_PORTS.rows(port_ids):
         found[row.port_id].append(row)
     return found
+
+
+_OF_PORTS = Prepared(
+    Address,
+    lambda port_ids: Address.select().where(Address.port_id.in_(port_ids)).order_by(Address.number),
+)
 
 
 def holders(subnet_id: str, limit: int = 5) -> list[Port]:

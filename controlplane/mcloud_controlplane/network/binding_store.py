@@ -24,7 +24,7 @@ def ensure(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
         if row is None or row.project_id != request.project_id:
             raise port_store.not_found(request.port_id)
     elif row is None:
-        return port_store.message(_make(request))
+        return _make(request)
     if row.owner_id not in ("", request.instance_id):
         raise errors.WrongState(
             "PORT_IN_USE",
@@ -38,7 +38,7 @@ def ensure(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
     return port_store.message(row)
 
 
-def _make(request: port_service_pb2.EnsurePortRequest) -> Port:
+def _make(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
     moment = database.now()
     columns = {
         "id": request.port_id,
@@ -95,8 +95,8 @@ def bind(
     if not row.host_id:
         row.host_id, row.domain_id = wanted
         row.state = "BUILD"
-        groups = dataplane_store.lock_around(row)
-        generations = dataplane_store.bump(dataplane_store.hosts_of_port(row, groups))
+        dataplane_store.lock_around(row)
+        generations = dataplane_store.bump(dataplane_store.hosts_of_port(row))
         row.bound_generation = generations[row.host_id]
         _save(row)
     return port_service_pb2.BindPortResponse(
@@ -113,8 +113,8 @@ def unbind(request: port_service_pb2.UnbindPortRequest) -> port_pb2.Port:
     if row is None:
         raise port_store.not_found(request.port_id)
     if row.domain_id == request.domain_id:
-        groups = dataplane_store.lock_around(row)
-        concerned = dataplane_store.hosts_of_port(row, groups)
+        dataplane_store.lock_around(row)
+        concerned = dataplane_store.hosts_of_port(row)
         row.host_id = row.domain_id = ""
         row.state = "DOWN"
         row.bound_generation = 0

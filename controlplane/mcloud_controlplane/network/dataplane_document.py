@@ -7,6 +7,7 @@ from typing import Any
 
 from mcloud.network.v1 import dataplane_pb2, subnet_pb2
 from mcloud_controlplane.core import contract
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.network import address_store
 from mcloud_controlplane.network.model import (
     Address,
@@ -74,12 +75,19 @@ def service_mac(vni: int) -> str:
 
 
 def _networks(network_ids: Sequence[str]) -> tuple[list[Network], dict[str, list[Subnet]]]:
-    networks = list(Network.select().where(Network.id.in_(network_ids)).order_by(Network.id))
     subnets: dict[str, list[Subnet]] = {id_: [] for id_ in network_ids}
-    query = Subnet.select().where(Subnet.network_id.in_(network_ids)).order_by(Subnet.id)
-    for subnet in query:
+    networks = _NETWORKS.rows(network_ids)
+    for subnet in _SUBNETS.rows(network_ids):
         subnets[subnet.network_id].append(subnet)
     return networks, subnets
+
+
+_NETWORKS = Prepared(
+    Network, lambda ids: Network.select().where(Network.id.in_(ids)).order_by(Network.id)
+)
+_SUBNETS = Prepared(
+    Subnet, lambda ids: Subnet.select().where(Subnet.network_id.in_(ids)).order_by(Subnet.id)
+)
 
 
 def _segments(
@@ -171,15 +179,10 @@ def _rules(port_ids: Sequence[str]) -> dict[str, list[dataplane_pb2.EffectiveRul
     Most ports are in the same groups: what these allow is put together once.
     """
     groups: dict[str, list[str]] = {}
-    query: Any = PortGroup.select(PortGroup.port_id, PortGroup.security_group_id)
-    for port_id, group_id in query.where(PortGroup.port_id.in_(port_ids)).tuples():
+    for port_id, group_id in _GROUPS.rows(port_ids):
         groups.setdefault(port_id, []).append(group_id)
     sets = {port_id: frozenset(found) for port_id, found in groups.items()}
-    rows = list(
-        SecurityGroupRule.select()
-        .where(SecurityGroupRule.security_group_id.in_(sorted(frozenset().union(*sets.values()))))
-        .order_by(SecurityGroupRule.digest, SecurityGroupRule.id)
-    )
+    rows = _RULES.rows(sorted(frozenset().union(*sets.values())))
     members = _members(sorted({row.remote_group_id for row in rows if row.remote_group_id}))
     rules = [
         (row, _rule(row, members.get((row.remote_group_id, row.ip_version), []))) for row in rows
@@ -193,6 +196,24 @@ def _rules(port_ids: Sequence[str]) -> dict[str, list[dataplane_pb2.EffectiveRul
                 found.setdefault(row.digest, rule)
         allowed[own] = list(found.values())
     return {port_id: allowed[own] for port_id, own in sets.items()}
+
+
+_GROUPS = Prepared(
+    PortGroup,
+    lambda port_ids: (
+        PortGroup.select(PortGroup.port_id, PortGroup.security_group_id)
+        .where(PortGroup.port_id.in_(port_ids))
+        .tuples()
+    ),
+)
+_RULES = Prepared(
+    SecurityGroupRule,
+    lambda group_ids: (
+        SecurityGroupRule.select()
+        .where(SecurityGroupRule.security_group_id.in_(group_ids))
+        .order_by(SecurityGroupRule.digest, SecurityGroupRule.id)
+    ),
+)
 
 
 def _rule(row: SecurityGroupRule, members: Sequence[str]) -> dataplane_pb2.EffectiveRule:
@@ -212,18 +233,24 @@ def _rule(row: SecurityGroupRule, members: Sequence[str]) -> dataplane_pb2.Effec
 
 def _members(group_ids: Sequence[str]) -> dict[tuple[str, int], list[str]]:
     """Return the addresses of each group's ports that are on some host, by IP version."""
-    query: Any = (
+    found: dict[tuple[str, int], list[str]] = {}
+    for group_id, version, address in _MEMBERS.rows(group_ids):
+        length = 32 if version == 4 else 128
+        found.setdefault((group_id, version), []).append(f"{address}/{length}")
+    return found
+
+
+_MEMBERS = Prepared(
+    Address,
+    lambda group_ids: (
         Address.select(PortGroup.security_group_id, Address.ip_version, Address.ip_address)
         .join(PortGroup, on=(PortGroup.port_id == Address.port_id))
         .join(Port, on=(Port.id == Address.port_id))
         .where(PortGroup.security_group_id.in_(group_ids) & (Port.host_id != ""))
         .order_by(Address.subnet_id, Address.position)
-    )
-    found: dict[tuple[str, int], list[str]] = {}
-    for group_id, version, address in query.tuples():
-        length = 32 if version == 4 else 128
-        found.setdefault((group_id, version), []).append(f"{address}/{length}")
-    return found
+        .tuples()
+    ),
+)
 
 
 def _routers(

@@ -14,6 +14,7 @@ import peewee
 
 from mcloud.common.v1 import session_pb2
 from mcloud_controlplane.core import sessions, tables
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.session_follower import Pending
 from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.network import dataplane_document
@@ -72,61 +73,114 @@ def bump(host_ids: Iterable[str]) -> dict[str, int]:
 
 def hosts_of_networks(network_ids: Sequence[str]) -> set[str]:
     """Return the hosts that have ports on these networks, routers' included."""
-    query = Port.select(Port.host_id).where(
-        Port.network_id.in_(list(network_ids)) & (Port.host_id != "")
-    )
-    return _found(query)
+    return {host_id for (host_id,) in _HOSTS_OF_NETWORKS.rows(network_ids)}
+
+
+_HOSTS_OF_NETWORKS = Prepared(
+    Port,
+    lambda network_ids: (
+        Port.select(Port.host_id)
+        .where(Port.network_id.in_(network_ids) & (Port.host_id != ""))
+        .distinct()
+        .tuples()
+    ),
+)
 
 
 def _networks_of(host_id: str) -> set[str]:
     """Return the networks on which a host has ports."""
-    return _found(Port.select(Port.network_id).where(Port.host_id == host_id))
+    query: Any = Port.select(Port.network_id).where(Port.host_id == host_id)
+    return {network_id for (network_id,) in query.distinct().tuples()}
 
 
 def hosts_of_groups(group_ids: Sequence[str]) -> set[str]:
     """Return the hosts that have ports in these security groups."""
-    query = Port.select(Port.host_id).join(PortGroup, on=(PortGroup.port_id == Port.id))
-    condition = PortGroup.security_group_id.in_(list(group_ids)) & (Port.host_id != "")
-    return _found(query.where(condition))
+    return {host_id for (host_id,) in _HOSTS_OF_GROUPS.rows(group_ids)}
+
+
+_HOSTS_OF_GROUPS = Prepared(
+    Port,
+    lambda group_ids: (
+        Port.select(Port.host_id)
+        .join(PortGroup, on=(PortGroup.port_id == Port.id))
+        .where(PortGroup.security_group_id.in_(group_ids) & (Port.host_id != ""))
+        .distinct()
+        .tuples()
+    ),
+)
 
 
 def hosts_following(group_ids: Sequence[str]) -> set[str]:
     """Return the hosts whose ports have rules about the members of these security groups."""
-    naming = SecurityGroupRule.select(SecurityGroupRule.security_group_id).where(
-        SecurityGroupRule.remote_group_id.in_(list(group_ids))
-    )
-    return hosts_of_groups(sorted(_found(naming)))
+    return hosts_of_groups(sorted(group_id for (group_id,) in _NAMING.rows(group_ids)))
 
 
-def _found(query: Any) -> set[str]:
-    """Return the values of a query for one column."""
-    return {value for (value,) in query.distinct().tuples()}
+_NAMING = Prepared(
+    SecurityGroupRule,
+    lambda group_ids: (
+        SecurityGroupRule.select(SecurityGroupRule.security_group_id)
+        .where(SecurityGroupRule.remote_group_id.in_(group_ids))
+        .distinct()
+        .tuples()
+    ),
+)
 
 
 def groups_of(port_id: str) -> list[str]:
     """Return the security groups that a port is in."""
-    query: Any = PortGroup.select(PortGroup.security_group_id).where(PortGroup.port_id == port_id)
-    return [id_ for (id_,) in query.order_by(PortGroup.security_group_id).tuples()]
+    return [id_ for (id_,) in _GROUPS.rows([port_id])]
 
 
-def hosts_of_port(port: Port, groups: Sequence[str]) -> set[str]:
-    """Return the hosts that have to know of a port's binding or its end.
+_GROUPS = Prepared(
+    PortGroup,
+    lambda port_ids: (
+        PortGroup.select(PortGroup.security_group_id)
+        .where(PortGroup.port_id == port_ids[0])
+        .order_by(PortGroup.security_group_id)
+        .tuples()
+    ),
+)
 
-    Args:
-        groups: that the port is in.
+
+def hosts_of_port(port: Port) -> set[str]:
+    """Return the hosts that have to know of a port's binding or its end, in one statement.
+
+    Those on its network, and those whose ports have rules about the members of its groups.
     """
-    return {port.host_id} | hosts_of_networks([port.network_id]) | hosts_following(groups)
+    found = _AROUND.run(opened, [port.network_id], [port.id])
+    return {port.host_id, *(host_id for (host_id,) in found)}
 
 
-def lock_around(port: Port) -> list[str]:
-    """Lock what decides whom a port's binding concerns, until the commit; return its groups.
+def _around(network_ids: Sequence[Any], port_ids: Sequence[Any]) -> Any:
+    own = PortGroup.alias()
+    groups = own.select(own.security_group_id).where(own.port_id == port_ids[0])
+    following = (
+        Port.select(Port.host_id)
+        .join(PortGroup, on=(PortGroup.port_id == Port.id))
+        .join(
+            SecurityGroupRule,
+            on=(SecurityGroupRule.security_group_id == PortGroup.security_group_id),
+        )
+        .where(SecurityGroupRule.remote_group_id.in_(groups) & (Port.host_id != ""))
+    )
+    here = Port.select(Port.host_id).where(
+        (Port.network_id == network_ids[0]) & (Port.host_id != "")
+    )
+    return here | following  # UNION: each once
+
+
+_AROUND = Kept(_around)
+
+
+def lock_around(port: Port) -> None:
+    """Lock what decides whom a port's binding concerns, until the commit.
 
     Two ports that are bound at the same time would else miss each other: neither transaction sees
     the other's host, and no later one tells it.
     """
-    own = groups_of(port.id)
     if not opened.for_update:
-        return own  # SQLite's transaction has locked everything
+        return  # SQLite's transaction has locked everything
+    own = groups_of(port.id)
     naming = SecurityGroupRule.select(SecurityGroupRule.remote_group_id).where(
         SecurityGroupRule.security_group_id.in_(own) & (SecurityGroupRule.remote_group_id != "")
     )
@@ -134,7 +188,6 @@ def lock_around(port: Port) -> list[str]:
     lock_networks([port.network_id])
     query = SecurityGroup.select(SecurityGroup.id).where(SecurityGroup.id.in_(sorted(groups)))
     lock(query.order_by(SecurityGroup.id))
-    return own
 
 
 def lock_networks(network_ids: Sequence[str]) -> None:

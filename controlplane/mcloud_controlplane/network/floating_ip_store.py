@@ -65,9 +65,7 @@ def create(
     project_id = work.caller.project_id
     spec = request.spec
     network = router_store.external_network(work.caller, spec.external_network_id)
-    quota_store.ensure_room(
-        project_id, "floating_ip", FloatingIp.select().where(FloatingIp.project_id == project_id)
-    )
+    quota_store.ensure_room(project_id, "floating_ip")
     columns = convert.new_row("fip", request, project_id)
     port, address = router_store.external_port(
         project_id,

@@ -92,9 +92,8 @@ def get_usable(project_id: str, id_: str) -> Network:
         errors.NotFound: NETWORK_NOT_FOUND.
         errors.PermissionDenied: NETWORK_NOT_SHARED, only routers may use it.
     """
-    query = Network.select().where((Network.id == id_) & visible(project_id))
-    row = locked(query).get_or_none()
-    if row is None:
+    row = Network.find_locked(id_)
+    if row is None or not (row.project_id == project_id or row.shared or row.external):
         raise not_found(id_)
     if not row.shared and row.project_id != project_id:
         raise errors.PermissionDenied(
@@ -131,9 +130,7 @@ def create(
     if spec.mtu and not _LEAST_MTU <= spec.mtu <= limit:
         raise errors.bad_field("spec.mtu", f"must be from {_LEAST_MTU} to {limit}, or 0")
     project_id = work.caller.project_id
-    quota_store.ensure_room(
-        project_id, "network", Network.select().where(Network.project_id == project_id)
-    )
+    quota_store.ensure_room(project_id, "network")
     row = Network.create(
         **convert.new_row("net", request, project_id),
         vni=_free_vni(),

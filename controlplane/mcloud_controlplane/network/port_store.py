@@ -12,6 +12,7 @@ from mcloud.common.v1 import options_pb2
 from mcloud.network.v1 import port_pb2, port_service_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.mutation import Mutation
 from mcloud_controlplane.network import (
     address_store,
@@ -32,7 +33,17 @@ from mcloud_controlplane.network.model import (
 )
 
 _MAC_PREFIX = "fa:16:3e"  # locally administered; OpenStack's habit
-_SERVICES = ("router", "floating_ip")  # whose ports are not counted as the project's
+
+
+_GROUPS = Prepared(
+    PortGroup,
+    lambda port_ids: (
+        PortGroup.select(PortGroup.port_id, PortGroup.security_group_id)
+        .where(PortGroup.port_id.in_(port_ids))
+        .order_by(PortGroup.security_group_id)
+        .tuples()
+    ),
+)
 
 
 def messages(rows: Sequence[Port]) -> list[port_pb2.Port]:
@@ -40,27 +51,27 @@ def messages(rows: Sequence[Port]) -> list[port_pb2.Port]:
     found = [row.id for row in rows]
     addresses = address_store.of_ports(found)
     groups: dict[str, list[str]] = {id_: [] for id_ in found}
-    query = PortGroup.select().where(PortGroup.port_id.in_(found))
-    for member in query.order_by(PortGroup.security_group_id):
-        groups[member.port_id].append(member.security_group_id)
-    return [
-        port_pb2.Port(
-            metadata=convert.metadata(row),
-            spec=port_pb2.PortSpec.FromString(bytes(row.spec)),
-            status=port_pb2.PortStatus(
-                state=contract.enum_value(row.state, port_pb2.PortStatus.State),
-                mac=row.mac,
-                fixed_ips=[dataplane_document.fixed_ip(a) for a in addresses[row.id]],
-                security_group_ids=groups[row.id],
-                owner_type=row.owner_type,
-                owner_id=row.owner_id,
-                delete_with_owner=row.delete_with_owner,
-                host_id=row.host_id,
-                domain_id=row.domain_id,
-            ),
-        )
-        for row in rows
-    ]
+    for port_id, group_id in _GROUPS.rows(found):
+        groups[port_id].append(group_id)
+    return [_message(row, addresses[row.id], groups[row.id]) for row in rows]
+
+
+def _message(row: Port, addresses: Sequence[Address], group_ids: Sequence[str]) -> port_pb2.Port:
+    return port_pb2.Port(
+        metadata=convert.metadata(row),
+        spec=port_pb2.PortSpec.FromString(bytes(row.spec)),
+        status=port_pb2.PortStatus(
+            state=contract.enum_value(row.state, port_pb2.PortStatus.State),
+            mac=row.mac,
+            fixed_ips=[dataplane_document.fixed_ip(address) for address in addresses],
+            security_group_ids=group_ids,
+            owner_type=row.owner_type,
+            owner_id=row.owner_id,
+            delete_with_owner=row.delete_with_owner,
+            host_id=row.host_id,
+            domain_id=row.domain_id,
+        ),
+    )
 
 
 def message(row: Port) -> port_pb2.Port:
@@ -82,7 +93,7 @@ def get(caller: auth.Caller, id_: str) -> Port:
 
 def find_locked(id_: str) -> Port | None:
     """Return a port, its row locked; None if there is none."""
-    return locked(Port.select().where(Port.id == id_)).get_or_none()
+    return Port.find_locked(id_)
 
 
 def get_locked(caller: auth.Caller, id_: str) -> Port:
@@ -109,12 +120,12 @@ def create(work: Mutation, request: port_service_pb2.CreatePortRequest) -> port_
             "ROLE_REQUIRED", "a port without port security needs the role manager"
         )
     columns = convert.new_row("port", request, work.caller.project_id)
-    row = insert(columns, request.spec)
-    work.concerns("port", row.id, row.name)
-    return message(row)
+    made = insert(columns, request.spec)
+    work.concerns("port", made.metadata.id, made.metadata.name)
+    return made
 
 
-def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> Port:
+def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> port_pb2.Port:
     """Make a port for a guest: quota, Ethernet address, addresses, groups.
 
     Args:
@@ -127,8 +138,7 @@ def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> Por
         raise errors.PermissionDenied(
             "NOT_OWNER", "a port without port security needs a network of its project's own"
         )
-    own = (Port.project_id == project_id) & ~Port.owner_type.in_(_SERVICES)
-    quota_store.ensure_room(project_id, "port", Port.select().where(own))
+    quota_store.ensure_room(project_id, "port")
     groups = (
         []
         if spec.port_security_disabled
@@ -141,10 +151,10 @@ def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> Por
         port_security_enabled=not spec.port_security_disabled,
         **more,
     )
-    address_store.assign(row, spec.fixed_ips)
+    addresses = address_store.assign(row, spec.fixed_ips)
     _join_groups(row, groups)
     tables.changed("port", row.id, project_id, "ADDED")
-    return row
+    return _message(row, addresses, sorted(groups))
 
 
 def insert_for_service(

@@ -6,26 +6,38 @@ from typing import Any
 
 from google.rpc import error_details_pb2
 
+from mcloud.network.v1 import quota_pb2
 from mcloud_base import errors
-from mcloud_controlplane.network.model import Quota, locked
+from mcloud_controlplane.core.quotas import Quotas
+from mcloud_controlplane.network import model
+
+# Ports that routers and floating addresses have are no project's own.
+_SERVICES = ("router", "floating_ip")
+
+_COUNTED: dict[str, Any] = {
+    "network": model.Network,
+    "subnet": model.Subnet,
+    "port": model.Port,
+    "security_group": model.SecurityGroup,
+    "security_group_rule": model.SecurityGroupRule,
+    "router": model.Router,
+    "floating_ip": model.FloatingIp,
+}
 
 
-def ensure_room(project_id: str, resource: str, used: Any) -> None:
+def ensure_room(project_id: str, resource: str) -> None:
     """Refuse one more of a resource than the project may have. Holds the lock until the commit.
 
     Args:
         resource: as in the columns of Quota: "network".
-        used: a select of those that the project has.
 
     Raises:
         errors.Exhausted: QUOTA_EXCEEDED.
     """
-    query = locked(Quota.select().where(Quota.project_id == project_id))
-    row = query.first()
-    if row is None:
-        Quota.insert(project_id=project_id).on_conflict_ignore().execute()
-        row = query.get()
-    limit, count = getattr(row, f"{resource}_count"), used.count()
+    limit = getattr(QUOTAS.lock(project_id), f"{resource}_count")
+    if limit < 0:
+        return
+    count = _count(project_id, resource)
     if count >= limit:
         words = resource.replace("_", " ")
         violation = error_details_pb2.QuotaFailure.Violation(
@@ -39,3 +51,19 @@ def ensure_room(project_id: str, resource: str, used: Any) -> None:
             limit=limit,
             used=count,
         )
+
+
+def usage(project_id: str) -> dict[str, int]:
+    """Count what a project has."""
+    return {f"{resource}_count": _count(project_id, resource) for resource in _COUNTED}
+
+
+def _count(project_id: str, resource: str) -> int:
+    table = _COUNTED[resource]
+    own = table.project_id == project_id
+    if table is model.Port:
+        own &= ~model.Port.owner_type.in_(_SERVICES)
+    return int(table.select().where(own).count())
+
+
+QUOTAS = Quotas(model.Quota, quota_pb2.Quota, usage)

@@ -150,9 +150,7 @@ def create(work: Mutation, request: router_service_pb2.CreateRouterRequest) -> r
     spec = request.spec
     if spec.external_network_id:
         external_network(work.caller, spec.external_network_id)
-    quota_store.ensure_room(
-        project_id, "router", Router.select().where(Router.project_id == project_id)
-    )
+    quota_store.ensure_room(project_id, "router")
     row = Router.create(
         **convert.new_row("rtr", request, project_id), snat_enabled=not spec.snat_disabled
     )

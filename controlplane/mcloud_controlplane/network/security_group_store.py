@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from mcloud.network.v1 import security_group_pb2, security_group_service_pb2
 from mcloud_base import errors, ids
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
+from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.mutation import Mutation
 from mcloud_controlplane.network import dataplane_store, quota_store
 from mcloud_controlplane.network.model import (
@@ -106,10 +107,17 @@ def resolve(project_id: str, wanted: Sequence[str]) -> list[str]:
 
 def find_default(project_id: str) -> str | None:
     """Return the id of a project's "default" group."""
-    row = SecurityGroup.get_or_none(
-        (SecurityGroup.project_id == project_id) & (SecurityGroup.name == DEFAULT)
-    )
-    return row.id if row else None
+    return next((id_ for (id_,) in _DEFAULTS.rows([project_id])), None)
+
+
+_DEFAULTS = Prepared(
+    SecurityGroup,
+    lambda project_ids: (
+        SecurityGroup.select(SecurityGroup.id)
+        .where((SecurityGroup.project_id == project_ids[0]) & (SecurityGroup.name == DEFAULT))
+        .tuples()
+    ),
+)
 
 
 def ensure_default(project_id: str) -> str:
@@ -152,11 +160,7 @@ def create(
     """Make a group. Like OpenStack's, it lets everything out until its rules are changed."""
     project_id = work.caller.project_id
     _ensure_name_free(project_id, request.name)
-    quota_store.ensure_room(
-        project_id,
-        "security_group",
-        SecurityGroup.select().where(SecurityGroup.project_id == project_id),
-    )
+    quota_store.ensure_room(project_id, "security_group")
     row = SecurityGroup.create(**convert.new_row("sg", request, project_id))
     for version in (4, 6):
         spec = Spec(security_group_id=row.id, direction=Spec.DIRECTION_EGRESS, ip_version=version)
@@ -236,11 +240,7 @@ def create_rule(
         raise errors.AlreadyExists(
             "RULE_EXISTS", f"security group {group.name} has a rule that matches the same"
         )
-    quota_store.ensure_room(
-        group.project_id,
-        "security_group_rule",
-        SecurityGroupRule.select().where(SecurityGroupRule.project_id == group.project_id),
-    )
+    quota_store.ensure_room(group.project_id, "security_group_rule")
     row = _insert_rule(spec, group.project_id)
     _log_rule_change(work, group, row)
     return rule_message(row)

@@ -9,6 +9,7 @@ from mcloud.network.v1 import (
     network_service_pb2_grpc,
     operation_service_pb2_grpc,
     port_service_pb2_grpc,
+    quota_service_pb2_grpc,
     router_service_pb2_grpc,
     schema_service_pb2_grpc,
     security_group_service_pb2_grpc,
@@ -18,10 +19,17 @@ from mcloud.network.v1 import (
 from mcloud_controlplane.core import operations
 from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.pruner import Pruner
+from mcloud_controlplane.core.quotas import QuotaServicer
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.core.schema_service import SchemaServicer
 from mcloud_controlplane.core.sessions import Sessions
-from mcloud_controlplane.network import dataplane_store, invariants, model, router_store
+from mcloud_controlplane.network import (
+    dataplane_store,
+    invariants,
+    model,
+    quota_store,
+    router_store,
+)
 from mcloud_controlplane.network.floating_ip_service import FloatingIpServicer
 from mcloud_controlplane.network.network_service import NetworkServicer
 from mcloud_controlplane.network.port_service import PortServicer
@@ -50,6 +58,10 @@ def register(runtime: Runtime) -> None:
         ),
     ):
         runtime.add(add, servicer(database, frame))
+    runtime.add(
+        quota_service_pb2_grpc.add_QuotaServiceServicer_to_server,
+        QuotaServicer(database, frame, quota_store.QUOTAS),
+    )
     runtime.add(
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         operations.OperationServicer(database, model.shared),

@@ -127,9 +127,7 @@ def create(work: Mutation, request: subnet_service_pb2.CreateSubnetRequest) -> s
     gateway = _gateway(network, spec)
     pools, service = _lay_out(network, spec, gateway, with_service=not owner.external)
     project_id = owner.project_id
-    quota_store.ensure_room(
-        project_id, "subnet", Subnet.select().where(Subnet.project_id == project_id)
-    )
+    quota_store.ensure_room(project_id, "subnet")
     row = Subnet.create(
         **convert.new_row("sub", request, project_id),
         network_id=owner.id,

@@ -10,6 +10,7 @@ import numpy as np
 from mcloud.scheduler.v1 import placement_pb2
 from mcloud_controlplane.scheduler.filters import FILTERS, Filter
 from mcloud_controlplane.scheduler.hosts import DISK, MEMORY, VCPU, Floats, Hosts, Ints, Need
+from mcloud_controlplane.scheduler.server_group import ANTI_AFFINITY, Group
 from mcloud_controlplane.scheduler.weighers import WEIGHERS, Weigher, scaled
 
 TOP = 10
@@ -48,8 +49,11 @@ def choose(
     )
     left, count = np.ones(len(hosts), np.bool_), len(hosts)
     for rule in filters:
-        passed = left & rule.mask(hosts, need)
-        before, count = count, int(np.count_nonzero(passed))
+        mask = rule.mask(hosts, need)
+        passed, before = left, count
+        if mask is not None:
+            passed = left & mask
+            count = int(np.count_nonzero(passed))
         explanation.filters.add(
             name=rule.name,
             removed_count=before - count,
@@ -64,6 +68,8 @@ def choose(
     weights: dict[str, Floats] = {}
     for weigher in weighers:
         raw = weigher.scores(hosts, need)
+        if raw is None:
+            continue
         raw = raw if count == len(hosts) else raw[numbers]
         weights[weigher.name] = raw
         scores += weigher.multiplier * scaled(raw)
@@ -99,13 +105,27 @@ def _best(scores: Floats, numbers: Ints, turn: int, limit: int) -> Ints:
 
 
 def capacity(hosts: Hosts, need: Need) -> tuple[int, int]:
-    """Return how many more of a size fit, and on how many hosts."""
+    """Return how many more of a size fit, and on how many hosts.
+
+    With affinity and no member yet, on whichever hosts: the first one decides.
+    """
     left = np.ones(len(hosts), np.bool_)
     for rule in FILTERS:
-        left &= rule.mask(hosts, need)
+        if (mask := rule.mask(hosts, need)) is not None:
+            left &= mask
     wanted = np.array(need.resources)
     if not left.any() or not wanted.any():
         return 0, int(left.sum())
     free = hosts.free()[:, left][wanted > 0]
-    fits = np.floor(free / wanted[wanted > 0][:, None]).min(axis=0)
-    return int(np.maximum(fits, 0).sum()), int(left.sum())
+    fits = np.maximum(np.floor(free / wanted[wanted > 0][:, None]).min(axis=0), 0)
+    if need.group is not None and need.group.policy == ANTI_AFFINITY:
+        fits = np.minimum(fits, _rooms(hosts, need.group)[left])
+    return int(fits.sum()), int(left.sum())
+
+
+def _rooms(hosts: Hosts, group: Group) -> Ints:
+    """Return how many more members each host may have."""
+    rooms = np.full(len(hosts), group.most)
+    for id_, count in group.members.items():
+        rooms[hosts.find([id_])] -= count
+    return rooms

@@ -14,13 +14,16 @@ from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, Pla
 from mcloud_controlplane.core import convert, database, statements, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.statements import Kept
-from mcloud_controlplane.scheduler import store
+from mcloud_controlplane.scheduler import server_group_store, store
 from mcloud_controlplane.scheduler.hosts import HostRecord, Resources
 from mcloud_controlplane.settings import Settings
 
-# The claim (an earlier one if the request is a repeat), why there is none, or that the host is
-# taken by others.
-Outcome = placement_pb2.Claim | Exception | None
+# The claim (an earlier one if the request is a repeat), why there is none, or in words why it was
+# not to be had on this host any more.
+Outcome = placement_pb2.Claim | Exception | str
+
+TAKEN = "taken by another claim, or just disabled"
+RULE_BROKEN = "by now, the rule of its server group does not allow it"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ _CLAIMS = Kept(
         rows,
         fields=[
             Claim.domain_id, Claim.instance_id, Claim.host_id, Claim.vcpu_count,
-            Claim.memory_mib, Claim.disk_gib, Claim.create_time,
+            Claim.memory_mib, Claim.disk_gib, Claim.create_time, Claim.server_group_id,
         ],
     )
 )  # fmt: skip
@@ -98,7 +101,8 @@ def claim(
     then their claims are added up, and what fits is claimed. Whoever adds a claim to a host holds
     its row until the commit, and a statement sees what was committed before it began: so no claim
     is missing from a sum (a conditional INSERT without the lock overcommitted on PostgreSQL: 33 of
-    20). Rows of a kind are locked in the order of their ids.
+    20). Before the hosts, server groups with a hard rule are locked and their members counted, just
+    so. Rows of a kind are locked in the order of their ids.
 
     Args:
         wishes: each for another domain.
@@ -112,14 +116,23 @@ def claim(
     settled = _settled(opened, [wish.request for wish in wishes])
     open_ = [wish for wish in wishes if wish.request.domain_id not in settled]
     wanted = {wish.host_id for wish in open_}
+    named = {wish.request.server_group_id for wish in open_} - {""}
+    groups = server_group_store.lock(opened, named, wanted) if named else {}
     hosts = store.lock_hosts(opened, settings, wanted, wait=wait) if wanted else {}
     moment = database.now()
     granted = []
     for wish in open_:
         host, need = hosts.get(wish.host_id), resources(wish.request.resources)
+        group = groups.get(wish.request.server_group_id)
         if host is None or not host.has_room(need):
+            settled[wish.request.domain_id] = TAKEN
+            continue
+        if group is not None and not group.admits(host.id):
+            settled[wish.request.domain_id] = RULE_BROKEN
             continue
         hosts[host.id] = host.claiming(need)
+        if group is not None:
+            group.add(host.id)
         settled[wish.request.domain_id] = placement_pb2.Claim(
             domain_id=wish.request.domain_id,
             host_id=host.id,
@@ -131,7 +144,7 @@ def claim(
         granted.append(wish)
     if granted:
         _record(opened, granted, moment)
-    return Claimed([settled.get(wish.request.domain_id) for wish in wishes], hosts)
+    return Claimed([settled[wish.request.domain_id] for wish in wishes], hosts)
 
 
 def resources(found: placement_pb2.Resources) -> Resources:
@@ -211,7 +224,7 @@ def _record(opened: Database, granted: Sequence[Wish], moment: int) -> None:
         request, need = wish.request, wish.request.resources
         key = (request.domain_id, request.instance_id)
         room = (need.vcpu_count, need.memory_mib, need.disk_gib)
-        claims.append((*key, wish.host_id, *room, moment))
+        claims.append((*key, wish.host_id, *room, moment, request.server_group_id or None))
         domains.append((*key, request.project_id, wish.host_id, request.operation_id, 1, moment))
         tables.changed("host", wish.host_id, "")
         tables.changed("domain", request.domain_id, request.project_id, "ADDED")

@@ -11,23 +11,27 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from mcloud.common.v1 import operation_pb2
 from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
 from mcloud_base import errors
+from mcloud_controlplane.compute.server_group_store import not_found
 from mcloud_controlplane.core import convert, database
 from mcloud_controlplane.core.database import Database
-from mcloud_controlplane.scheduler import choose, claims, filters
+from mcloud_controlplane.scheduler import choose, claims, filters, server_group_store
 from mcloud_controlplane.scheduler.claims import Claimed, Wish
 from mcloud_controlplane.scheduler.hosts import Hosts, Need
+from mcloud_controlplane.scheduler.server_group import AFFINITY, Group
 from mcloud_controlplane.scheduler.view import View
 from mcloud_controlplane.settings import Settings
 
 log = structlog.get_logger()
+
+Groups = Mapping[str, Group]  # server groups by id
 
 _QUEUE_LIMIT = 1000
 _AT_A_TIME = 64
@@ -48,12 +52,12 @@ class _Request:
     )
     lost: list[placement_pb2.ScoredHost] = field(default_factory=list)
 
-    def lose(self, host_id: str) -> None:
+    def lose(self, host_id: str, why: str) -> None:
         """Remember that others were quicker."""
         self.rounds += 1
         for host in self.explanation.top_hosts:
             if host.host_id == host_id and not host.rejected:
-                host.rejected = "taken by another claim, or just disabled"
+                host.rejected = why
                 self.lost = [*self.lost, host][1 - choose.TOP :]
 
     def end(self, answer: placement_service_pb2.SelectDestinationsResponse | Exception) -> None:
@@ -120,7 +124,7 @@ class Decisions:
     async def _decide(self, batch: Sequence[_Request]) -> list[_Request]:
         """Take requests (6), filter, weigh and claim (7); return those to be decided once more."""
         async with self._view.changing:
-            wishes, stuck = await self._choose_all(batch)
+            wishes, stuck = await self._choose_all(batch, await self._groups(batch))
             claimed = await self._claim(wishes, wait=any(each.rounds for each in batch))
             self._view.hosts = self._view.hosts.update(claimed.hosts)
             lost = self._answer(batch, wishes, claimed)
@@ -130,35 +134,71 @@ class Decisions:
             if stuck:
                 await self._view.catch_up()
         # Perhaps the view was old, or who was to have the room did not take it.
-        free = [each for each in stuck if self._choose(self._view.hosts, each) is not None]
+        groups = await self._groups(stuck)
+        free = [each for each in stuck if self._choose(self._view.hosts, each, groups) is not None]
         again = [each for each in (*lost, *free) if each.rounds < _ROUNDS]
         await self._refuse([each for each in (*lost, *stuck) if each not in again])
         return again
 
-    async def _choose_all(self, batch: Sequence[_Request]) -> tuple[list[Wish], list[_Request]]:
-        """Choose for one after the other; return what to claim, and for whom there is no host."""
+    async def _groups(self, requests: Sequence[_Request]) -> Groups:
+        """Return the server groups that requests name, by id, with all members that are claimed."""
+        found = {each.message.server_group_id for each in requests} - {""}
+        if not found:
+            return {}
+        return await self._database.read_few(server_group_store.load, self._database, found)
+
+    async def _choose_all(
+        self, batch: Sequence[_Request], groups: Groups
+    ) -> tuple[list[Wish], list[_Request]]:
+        """Choose for one after the other; return what to claim, and for whom there is no host.
+
+        Args:
+            groups: of the batch; the choices count as members from then on.
+        """
         draft, wishes, stuck = self._view.hosts.draft(), [], []
         for request in batch:
             await asyncio.sleep(0)  # a batch takes a while, in which others have their turns
             request.taken = request.taken or database.now()
-            host_id = self._choose(draft, request)
+            group_id = request.message.server_group_id
+            if group_id and group_id not in groups:
+                request.end(not_found(group_id))
+                continue
+            host_id = self._choose(draft, request, groups)
             if host_id is None:
                 stuck.append(request)
             elif request.message.dry_run:
-                request.end(
-                    placement_service_pb2.SelectDestinationsResponse(
-                        explanation=request.explanation
-                    )
-                )
+                request.end(self._told(draft, request, host_id, groups))
             else:
                 draft.claim(host_id, claims.resources(request.message.resources))
+                if group_id:
+                    groups[group_id].add(host_id)
                 wishes.append(Wish(request.message, host_id, request.explanation))
         return wishes, stuck
 
-    def _choose(self, hosts: Hosts, request: _Request) -> str | None:
+    def _told(
+        self, hosts: Hosts, request: _Request, host_id: str, groups: Groups
+    ) -> placement_service_pb2.SelectDestinationsResponse | errors.Error:
+        """Return what a dry run tells, when there is a host for the first one."""
+        wanted = request.message.count
+        if wanted > 1:
+            need = self._need(request.message, groups)
+            if need.group is not None and need.group.policy == AFFINITY:
+                need = replace(need, host_id=host_id)  # where the others have to be
+            fits, host_count = choose.capacity(hosts, need)
+            if fits < wanted:
+                return errors.Exhausted(
+                    "NO_VALID_HOST",
+                    f"{fits} of the {wanted} instances fit, on {host_count} host(s)",
+                    details=(request.explanation,),
+                    considered=request.explanation.considered_count,
+                )
+        return placement_service_pb2.SelectDestinationsResponse(explanation=request.explanation)
+
+    def _choose(self, hosts: Hosts, request: _Request, groups: Groups) -> str | None:
         """Return the best host, and explain; None: none will do."""
         self._turn += 1
-        choice = choose.choose(hosts, self._need(request.message), turn=self._turn)
+        need = self._need(request.message, groups)
+        choice = choose.choose(hosts, need, turn=self._turn)
         top_hosts = [*request.lost, *choice.explanation.top_hosts][: choose.TOP]
         del choice.explanation.top_hosts[:]
         choice.explanation.top_hosts.extend(top_hosts)
@@ -166,7 +206,9 @@ class Decisions:
         request.explanation = choice.explanation
         return choice.candidates[0] if choice.candidates else None
 
-    def _need(self, message: placement_service_pb2.SelectDestinationsRequest) -> Need:
+    def _need(
+        self, message: placement_service_pb2.SelectDestinationsRequest, groups: Groups
+    ) -> Need:
         return Need(
             resources=claims.resources(message.resources),
             host_id=message.host_id,
@@ -174,6 +216,7 @@ class Decisions:
             arch=message.cpu_arch,
             excluded=frozenset(message.excluded_host_ids),
             now=self._database.now(),
+            group=groups.get(message.server_group_id),
         )
 
     async def _claim(self, wishes: list[Wish], *, wait: bool) -> Claimed:
@@ -202,8 +245,8 @@ class Decisions:
         lost = []
         for wish, outcome in zip(wishes, claimed.outcomes, strict=True):
             request = requests[wish.request.domain_id]
-            if outcome is None:
-                request.lose(wish.host_id)
+            if isinstance(outcome, str):
+                request.lose(wish.host_id, outcome)
                 lost.append(request)
             elif isinstance(outcome, Exception):
                 request.end(outcome)
@@ -226,7 +269,7 @@ class Decisions:
             if message.domain_id in earlier and not message.dry_run:
                 request.end(_answer(request, earlier[message.domain_id]))
             elif not message.dry_run and filters.all_just_fell_silent(
-                self._view.hosts, self._need(message)
+                self._view.hosts, self._need(message, {})
             ):
                 request.end(
                     errors.Unavailable(

@@ -6,22 +6,26 @@ cheap and the telling first: the explanation counts what each one removed of wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mcloud_controlplane.scheduler.hosts import DIMENSIONS, DISK, MEMORY, VCPU, Bools, Hosts, Need
+from mcloud_controlplane.scheduler.server_group import AFFINITY, ANTI_AFFINITY
 
 _RECENTLY_US = 120_000_000  # that a host which has fallen silent may be heard of again
 
 
 @dataclass(frozen=True)
 class Filter:
-    """`mask` is True for hosts that pass; `reason` says why, of those left before, none did."""
+    """`mask` is True for hosts that pass; `reason` says why, of those left before, none did.
+
+    Where nothing is wished for that hosts could fail, there is no mask.
+    """
 
     name: str
-    mask: Callable[[Hosts, Need], Bools]
+    mask: Callable[[Hosts, Need], Bools | None]
     reason: Callable[[Hosts, Need, Bools], str]
 
 
@@ -44,34 +48,33 @@ def enabled(hosts: Hosts, need: Need) -> Bools:
     return hosts.enabled
 
 
-def target(hosts: Hosts, need: Need) -> Bools:
+def target(hosts: Hosts, need: Need) -> Bools | None:
     """Pass the host that was asked for, if one was."""
-    if not need.host_id:
-        return np.ones(len(hosts), np.bool_)
-    mask = np.zeros(len(hosts), np.bool_)
-    if need.host_id in hosts.index:
-        mask[hosts.index[need.host_id]] = True
-    return mask
+    return _only(hosts, [need.host_id]) if need.host_id else None
 
 
-def excluded(hosts: Hosts, need: Need) -> Bools:
+def excluded(hosts: Hosts, need: Need) -> Bools | None:
     """Stop hosts that have refused this instance already."""
-    mask = np.ones(len(hosts), np.bool_)
-    mask[[hosts.index[id_] for id_ in need.excluded if id_ in hosts.index]] = False
+    return ~_only(hosts, need.excluded) if need.excluded else None
+
+
+def _only(hosts: Hosts, ids: Iterable[str]) -> Bools:
+    mask = np.zeros(len(hosts), np.bool_)
+    mask[hosts.find(ids)] = True
     return mask
 
 
-def zone(hosts: Hosts, need: Need) -> Bools:
+def zone(hosts: Hosts, need: Need) -> Bools | None:
     """Pass hosts of the availability zone that was asked for, if one was."""
     if not need.zone:
-        return np.ones(len(hosts), np.bool_)
+        return None
     return np.asarray(hosts.zones == hosts.words.find(need.zone))
 
 
-def arch(hosts: Hosts, need: Need) -> Bools:
+def arch(hosts: Hosts, need: Need) -> Bools | None:
     """Pass hosts whose processor runs the image."""
     if not need.arch:
-        return np.ones(len(hosts), np.bool_)
+        return None
     return np.asarray(hosts.archs == hosts.words.find(need.arch))
 
 
@@ -94,6 +97,35 @@ def _no_room(dimension: int) -> Callable[[Hosts, Need, Bools], str]:
     return reason
 
 
+def server_group(hosts: Hosts, need: Need) -> Bools | None:
+    """Pass hosts where the hard rule of the server group, if it has one, allows one more member."""
+    group = need.group
+    if group is None or not group.members:
+        return None
+    # All hosts without members are alike, and of these there may be 10,000.
+    if group.policy == AFFINITY:
+        return _only(hosts, group.members)
+    if group.policy == ANTI_AFFINITY:
+        return ~_only(hosts, [id_ for id_, count in group.members.items() if count >= group.most])
+    return None
+
+
+def _no_host_for_group(hosts: Hosts, need: Need, left: Bools) -> str:
+    group = need.group
+    assert group is not None
+    if group.policy == ANTI_AFFINITY:
+        count = np.count_nonzero(left)
+        return (
+            f"anti-affinity: {count} host(s) with room for it run {group.most} or more members of "
+            f"server group {group.id} each"
+        )
+    names = sorted(hosts.names[number] for number in hosts.find(group.members))
+    return (
+        f"affinity: server group {group.id} runs on {', '.join(names) or 'a host that is gone'}, "
+        "which does not take it"
+    )
+
+
 FILTERS: tuple[Filter, ...] = (
     Filter("alive", alive, lambda hosts, need, left: "no host has reported lately"),
     Filter("enabled", enabled, lambda hosts, need, left: "every host is disabled"),
@@ -104,4 +136,6 @@ FILTERS: tuple[Filter, ...] = (
     Filter("vcpu", _room(VCPU), _no_room(VCPU)),
     Filter("memory", _room(MEMORY), _no_room(MEMORY)),
     Filter("disk", _room(DISK), _no_room(DISK)),
+    # Last, so that its sentence speaks of hosts that would do but for the rule.
+    Filter("server_group", server_group, _no_host_for_group),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from mcloud_controlplane.scheduler.server_group import Group
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -119,6 +121,10 @@ class Hosts:
         """Return what may still be claimed: three rows."""
         return self.limit - self.claimed
 
+    def find(self, ids: Iterable[str]) -> list[int]:
+        """Return where the entries of hosts are; not of those that have none."""
+        return [self.index[id_] for id_ in ids if id_ in self.index]
+
     def draft(self) -> Hosts:
         """Return a copy for decisions that are not claimed yet: its `claimed` is its own."""
         return replace(self, claimed=self.claimed.copy())
@@ -196,3 +202,4 @@ class Need:
     excluded: frozenset[str] = frozenset()
     now: int = 0  # µs since 1970
     silent_after_us: int = 30_000_000
+    group: Group | None = None  # that it is to be a member of

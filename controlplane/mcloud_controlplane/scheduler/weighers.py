@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from mcloud_controlplane.scheduler.hosts import MEMORY, VCPU, Floats, Hosts, Need
+from mcloud_controlplane.scheduler.server_group import SOFT_AFFINITY, SOFT_ANTI_AFFINITY
 
 
 @dataclass(frozen=True)
 class Weigher:
-    """`scores` are raw, of all hosts; higher is better unless the multiplier is negative."""
+    """`scores` are raw, of all hosts; higher is better unless the multiplier is negative.
+
+    Where nothing is wished for that would make a difference, there are none.
+    """
 
     name: str
-    scores: Callable[[Hosts, Need], Floats]
+    scores: Callable[[Hosts, Need], Floats | None]
     multiplier: float
 
 
@@ -40,10 +44,25 @@ def failures(hosts: Hosts, need: Need) -> Floats:
     return np.minimum(hosts.failure_count, 10)
 
 
+def server_group(hosts: Hosts, need: Need) -> Floats | None:
+    """Prefer what the soft rule of the server group, if it has one, prefers: members, or none."""
+    group = need.group
+    if group is None or group.policy not in _SIGNS or not group.members:
+        return None
+    scores = np.zeros(len(hosts))
+    known = [id_ for id_ in group.members if id_ in hosts.index]
+    scores[hosts.find(known)] = [_SIGNS[group.policy] * group.members[id_] for id_ in known]
+    return scores
+
+
+_SIGNS = {SOFT_AFFINITY: 1, SOFT_ANTI_AFFINITY: -1}
+
 WEIGHERS: tuple[Weigher, ...] = (
     Weigher("memory", free_memory, 1.0),
     Weigher("vcpu", free_vcpu, 1.0),
     Weigher("failures", failures, -10.0),
+    # A wish goes before what is emptier, but not before what works.
+    Weigher("server_group", server_group, 5.0),
 )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import peewee
 from google.rpc import error_details_pb2
 
+from mcloud.volume.v1 import quota_pb2
 from mcloud_base import errors
-from mcloud_controlplane.volume.model import Quota, Volume, locked
+from mcloud_controlplane.core.quotas import Quotas
+from mcloud_controlplane.volume.model import Quota, Volume
 
 
 def require_volume(project_id: str, size_gib: int) -> None:
@@ -15,8 +17,17 @@ def require_volume(project_id: str, size_gib: int) -> None:
     Raises:
         errors.Exhausted: QUOTA_EXCEEDED.
     """
-    Quota.insert(project_id=project_id).on_conflict_ignore().execute()
-    quota: Quota = locked(Quota.select().where(Quota.project_id == project_id)).get()
+    limits, used = QUOTAS.lock(project_id), usage(project_id)
+    for what, field, asked in (
+        ("volumes", "volume_count", 1),
+        ("GiB of volumes", "volume_gib", size_gib),
+    ):
+        if 0 <= getattr(limits, field) < used[field] + asked:
+            raise _exceeded(project_id, what, used[field], asked, getattr(limits, field))
+
+
+def usage(project_id: str) -> dict[str, int]:
+    """Count what a project has."""
     count, gib = (
         Volume.select(
             peewee.fn.COUNT(Volume.id), peewee.fn.COALESCE(peewee.fn.SUM(Volume.size_gib), 0)
@@ -24,12 +35,10 @@ def require_volume(project_id: str, size_gib: int) -> None:
         .where((Volume.project_id == project_id) & Volume.delete_time.is_null())
         .scalar(as_tuple=True)
     )
-    for what, used, asked, limit in (
-        ("volumes", int(count), 1, quota.volume_count),
-        ("GiB of volumes", int(gib), size_gib, quota.volume_gib),
-    ):
-        if used + asked > limit:
-            raise _exceeded(project_id, what, used, asked, int(limit))
+    return {"volume_count": int(count), "volume_gib": int(gib)}
+
+
+QUOTAS = Quotas(Quota, quota_pb2.Quota, usage)
 
 
 def _exceeded(project_id: str, what: str, used: int, asked: int, limit: int) -> errors.Exhausted:

@@ -6,6 +6,7 @@ from mcloud.volume.v1 import (
     attachment_service_pb2_grpc,
     invariant_service_pb2_grpc,
     operation_service_pb2_grpc,
+    quota_service_pb2_grpc,
     schema_service_pb2_grpc,
     session_service_pb2_grpc,
     volume_service_pb2_grpc,
@@ -13,9 +14,16 @@ from mcloud.volume.v1 import (
 from mcloud_controlplane.core import operations, sessions
 from mcloud_controlplane.core.mutation import Frame
 from mcloud_controlplane.core.pruner import Pruner
+from mcloud_controlplane.core.quotas import QuotaServicer
 from mcloud_controlplane.core.runtime import Runtime
 from mcloud_controlplane.core.schema_service import SchemaServicer
-from mcloud_controlplane.volume import invariants, model, storage_store, volume_workflow
+from mcloud_controlplane.volume import (
+    invariants,
+    model,
+    quota_store,
+    storage_store,
+    volume_workflow,
+)
 from mcloud_controlplane.volume.attachment_service import AttachmentServicer
 from mcloud_controlplane.volume.volume_service import VolumeServicer
 
@@ -39,6 +47,10 @@ def register(runtime: Runtime) -> None:
         AttachmentServicer(database),
     )
     runtime.add(session_service_pb2_grpc.add_SessionServiceServicer_to_server, hosts)
+    runtime.add(
+        quota_service_pb2_grpc.add_QuotaServiceServicer_to_server,
+        QuotaServicer(database, frame, quota_store.QUOTAS),
+    )
     runtime.add(
         operation_service_pb2_grpc.add_OperationServiceServicer_to_server,
         operations.OperationServicer(database, model.shared),

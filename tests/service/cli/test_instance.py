@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,50 @@ def test_boot_without_waiting_says_how_to(prepared: Cli) -> None:
     assert said[0].startswith("instance   i-")
     assert said[2] == f"{operation} goes on. See: mcloud operation wait {operation}"
     assert "(NO_VALID_HOST)" in prepared.error("operation", "wait", operation, code=1)
+
+
+def test_many_by_one_command(prepared: Cli, golden: Golden, mask: Mask) -> None:
+    done = prepared.invoke(*BOOT, "worker", "--count", "3", "--wait")
+    assert done.exit_code == 1
+    golden("cli/boot-many-no-host.txt", mask(done.stdout))
+    assert "worker: 0 of 3 done, 3 failed\n" in done.stderr
+    assert "Error: 3 of 3 could not be done; the first, worker-1: no host" in done.stderr
+    assert prepared.run("list", "-o", "name").split() == ["worker-1", "worker-2", "worker-3"]
+    ids = prepared.run("operation", "list", "--limit", "4", "-o", "id").split()
+    shown = {id_: prepared.json("operation", "show", id_) for id_ in ids}
+    ((id_, whole),) = ((id_, found) for id_, found in shown.items() if "parts" in found)
+    assert whole["parts"] == {"count": 3, "failed_count": 3}
+    assert "0 of 3 done, 3 failed" in prepared.run("operation", "show", id_)
+    listed = prepared.run("operation", "list", "--filter", f"parent_id={id_}", "-o", "id")
+    assert set(listed.split()) == set(ids) - {id_}
+    assert id_ in prepared.run("operation", "show", listed.split()[0])
+
+    quick = prepared.run(*BOOT, "quick", "--count", "2").splitlines()
+    assert quick[0] == "instance   quick-1 to quick-2"
+    operation = quick[1].split()[1]
+    assert "2 of 2 could not be done" in prepared.error("operation", "wait", operation, code=1)
+    begun = prepared.run(*BOOT, "now", "--count", "2", "-o", "id").split()
+    assert len(begun) == 2
+    assert json.loads(prepared.run(*BOOT, "soon", "--count", "2", "-o", "json"))["parts"]
+    assert "INSTANCE_NAME_TAKEN" in prepared.error(*BOOT, "worker", "--count", "2", code=4)
+    assert "501 is not in the range" in prepared.error(*BOOT, "x", "--count", "501", code=2)
+
+
+def test_boot_in_a_server_group(prepared: Cli) -> None:
+    prepared.run("server-group", "create", "web", "--policy", "affinity")
+    prepared.error(*BOOT, "--server-group", "web", "web-1", "--wait", code=1)
+    group = prepared.json("server-group", "show", "web")
+    shown = prepared.run("instance", "show", "web-1")
+    assert ["placement.server_group_id", group["metadata"]["id"]] in map(
+        str.split, shown.splitlines()
+    )
+    assert group["status"]["instance_ids"] == prepared.run("list", "-o", "id").split()
+    said = prepared.error("server-group", "delete", "web", code=4)
+    assert "has 1 instance(s); delete them first (SERVER_GROUP_IN_USE)" in said
+    prepared.run("delete", "web-1", "--wait")
+    prepared.run("server-group", "delete", "web")
+    said = prepared.error(*BOOT, "--server-group", "web", "x", code=3)
+    assert said == "Error: there is no server group web (SERVER_GROUP_NOT_FOUND)\n"
 
 
 def test_dry_run_makes_nothing(prepared: Cli) -> None:

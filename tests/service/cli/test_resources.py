@@ -69,6 +69,25 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
+def test_server_group(cli: Cli, golden: Golden, mask: Mask) -> None:
+    make = ("server-group", "create")
+    made = cli.run(*make, "web", "--policy", "anti-affinity", "--max-per-host", "2")
+    cli.run(*make, "db", "--policy", "soft-affinity", "--label", "tier=db")
+    listed = cli.run("server-group", "list", "--order-by", "name", "--long")
+    golden("cli/server-group.txt", mask(f"{made}\n{listed}"))
+
+    said = cli.error(*make, "web", "--policy", "affinity", code=4)
+    assert said == "Error: the project has a server group web (SERVER_GROUP_NAME_TAKEN)\n"
+    said = cli.error(*make, "x", "--policy", "affinity", "--max-per-host", "2", code=2)
+    assert "--max-per-host is for --policy anti-affinity only" in said
+    cli.run("server-group", "update", "db", "--name", "store")
+    assert cli.json("server-group", "show", "store")["spec"]["policy"] == "POLICY_SOFT_AFFINITY"
+    assert cli.run("server-group", "delete", "web", "store").splitlines() == [
+        "Deleted server group web",
+        "Deleted server group store",
+    ]
+
+
 def test_image_round_trip(cli: Cli, disk: Path, tmp_path: Path) -> None:
     made = cli.run(
         "image", "create", "disk", "--file", str(disk), "--disk-format", "raw", "-o", "id"
@@ -203,6 +222,38 @@ def test_update_needs_something(cli: Cli) -> None:
     cli.run("network", "delete", "fancy")
 
 
+def test_quotas_of_all_services(cli: Cli) -> None:
+    cli.run("project", "create", "sorprod")
+    said = cli.json(
+        *("quota", "set", "sorprod", "--ports", "2000", "--security-group-rules", "-1"),
+        *("--volume-gib", "5", "--image-gib", "3", "--images", "-1"),
+    )
+    assert {service: operation["state"] for service, operation in said.items()} == dict.fromkeys(
+        ("image", "network", "volume"), "STATE_SUCCEEDED"
+    )
+
+    shown = [line.split() for line in cli.run("quota", "show", "sorprod").splitlines()]
+    assert shown[0] == ["OF", "USED", "LIMIT"]
+    for row in (
+        ["key", "pair", "0", "100"],
+        ["image", "0", "none"],
+        ["image", "bytes", "0", "B", "3.0", "GiB"],
+        ["port", "0", "2000"],
+        ["security", "group", "rule", "0", "none"],
+        ["floating", "ip", "0", "50"],
+        ["volume", "(GiB)", "0", "5"],
+    ):
+        assert row in shown
+    found = cli.json("quota", "show", "sorprod")
+    assert list(found) == ["compute", "image", "network", "volume"]
+    assert found["network"]["limits"]["port_count"] == "2000"
+    assert found["image"]["limits"] == {"image_count": "-1", "image_bytes": str(3 << 30)}
+
+    assert "say what to set" in cli.error("quota", "set", "sorprod", code=2)
+    assert "--ports" in cli.error("quota", "set", "sorprod", "--ports", "-2", code=2)
+    cli.run("project", "delete", "sorprod")
+
+
 def test_projects_users_roles_quota(cli: Cli, tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("correct horse battery\n")
@@ -214,10 +265,12 @@ def test_projects_users_roles_quota(cli: Cli, tmp_path: Path) -> None:
     assert "(ROLE_ASSIGNED)" in cli.error(
         "role", "add", "member", "--user", "eve", "--project", "norprod", code=4
     )
-    cli.run("quota", "set", "norprod", "--instances", "3", "--memory", "-1")
+    cli.run("quota", "set", "norprod", "--instances", "3", "--memory", "-1", "--server-groups", "4")
     shown = [line.split() for line in cli.run("quota", "show", "norprod").splitlines()]
     assert ["instance", "0", "3"] in shown
     assert ["memory", "(MiB)", "0", "none"] in shown
+    assert ["server_group", "0", "4"] in shown
+    assert ["port", "0", "500"] in shown
 
     eve = Cli(cli.cloud, tmp_path / "eve")
     eve.run(

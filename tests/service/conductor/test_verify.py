@@ -8,10 +8,11 @@ import pytest
 
 from mcloud.conductor.v1 import verify_service_pb2, verify_service_pb2_grpc
 from mcloud_base import errors, ids, rpc
-from mcloud_controlplane.compute.model import shared
+from mcloud_controlplane.compute.model import Claim, shared
 from mcloud_controlplane.network import model as network
 from mcloud_controlplane.network.model import HostDataplane
 from service.compute.host import artifact
+from service.compute.server_groups import ServerGroups
 from service.conductor import faults
 from service.conductor.world import Artifact, Finding, World, keys, states
 from service.core.cloud import Rule, refused
@@ -137,6 +138,27 @@ async def test_two_ports_with_one_address_are_for_a_person(world: World) -> None
     for id_ in ports:
         await world.delete("network", faults.Port, faults.Port.id == id_)
     assert await world.verify() == []
+
+
+async def test_members_of_a_server_group_that_break_its_rule_are_for_a_person(
+    world: World,
+) -> None:
+    groups = ServerGroups(world.client.public, world.instances.who)
+    id_ = await groups.make("ANTI_AFFINITY")
+    other = await world.create("other")
+    members = Claim.instance_id.in_([world.instance_id, other.resource.id])
+    await world.update("compute", Claim, members, server_group_id=id_)
+    (finding,) = await world.verify()
+    assert (finding.kind, finding.subject, finding.host_id) == (
+        Finding.KIND_SERVER_GROUP_RULE_BROKEN, id_, world.host.id,
+    )  # fmt: skip
+    assert finding.detail.startswith("2 of its members run there")
+    assert states(await world.repair()) == {("SERVER_GROUP_RULE_BROKEN", id_): "LEFT"}
+    deleted = await world.instances.change("Delete", other.resource.id)
+    await world.instances.wait(deleted)
+    assert await world.verify() == []
+    await world.update("compute", Claim, members, server_group_id=None)
+    await groups.delete(id_)
 
 
 async def test_one_repair_at_a_time(world: World) -> None:

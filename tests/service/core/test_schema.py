@@ -106,13 +106,17 @@ def test_tables_from_before_the_numbers_are_taken_over(url: str) -> None:
     def make() -> None:
         first.up(migrations.Schema(opened))
         model.shared.deployment.create(id=1, epoch="e1", schema_version=1, request_key="k")
-        model.Quota.create(project_id="p-1", vcpu_count=7)
+        opened.execute(
+            "INSERT INTO quota (project_id, instance_count, vcpu_count, memory_mib, key_pair_count)"
+            " VALUES ('p-1', 1, 7, 1, 1)"
+        )
 
     opened.write_now(make)
     opened.close()
     with closing(model.open_database(url)) as opened:
         assert numbers(opened) == NUMBERS
-        assert opened.read_now(lambda: model.Quota.get_by_id("p-1").vcpu_count) == 7
+        quota = opened.read_now(lambda: model.Quota.get_by_id("p-1"))
+        assert (quota.vcpu_count, quota.server_group_count) == (7, 50)
         row = opened.read_now(lambda: model.shared.deployment.get_by_id(1))
         assert (row.epoch, row.schema_version) == ("e1", NUMBERS[-1])
 

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import ports
-from mcloud.image.v1 import image_pb2, image_service_pb2
+from mcloud.image.v1 import image_pb2, image_service_pb2, quota_service_pb2, quota_service_pb2_grpc
 from mcloud_base import errors, rpc
 from mcloud_controlplane.core import database
 from mcloud_controlplane.image import contents, model, sweeper
@@ -177,6 +177,14 @@ async def test_the_quota_of_bytes_holds_also_for_uploads_at_once(
     image = await cloud.create_image(project.user, "too much")
     refusal = await refused(cloud.upload(project.user, image.metadata.id, CONTENT))
     assert refusal.reason == "QUOTA_EXCEEDED"
+    found = await rpc.call(
+        quota_service_pb2_grpc.QuotaServiceStub(cloud.public.channel).GetQuota,
+        quota_service_pb2.GetQuotaRequest(),
+        metadata=project.user,
+    )
+    assert found.usage.image_bytes <= len(CONTENT) * 2 + 10
+    await set_quota(cloud, project, image_bytes=-1)
+    await cloud.upload(project.user, image.metadata.id, CONTENT)
 
 
 async def test_an_image_that_is_deleted_meanwhile_ends_its_upload(

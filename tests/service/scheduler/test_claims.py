@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
 from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
 from mcloud_base import errors, ids
 from mcloud_controlplane.compute import model
 from mcloud_controlplane.core import database
 from mcloud_controlplane.core.database import Database
-from mcloud_controlplane.scheduler import claims, store
+from mcloud_controlplane.scheduler import claims, server_group_store, store
 from mcloud_controlplane.scheduler.claims import Wish
 from mcloud_controlplane.settings import Settings
+from service.compute import server_groups
+from service.compute.tables import counted
 
 PROJECT = "p-claims"
 SETTINGS = Settings.model_validate({})
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite://{tmp_path}/compute.db"
-    if request.param == "postgresql":
-        url = str(request.getfixturevalue("postgresql_url")).replace("{name}", "compute")
-    made = model.open_database(url)
-    yield made
-    made.close()
 
 
 def make_host(vcpus: int, *, disabled: bool = False) -> str:
@@ -73,7 +60,10 @@ def wish(host_id: str, **values: Any) -> Wish:
 def kind(outcome: claims.Outcome) -> str:
     if isinstance(outcome, errors.Error):
         return outcome.reason
-    return "taken" if outcome is None else "claimed"
+    return _KINDS[outcome] if isinstance(outcome, str) else "claimed"
+
+
+_KINDS = {claims.TAKEN: "taken", claims.RULE_BROKEN: "rule"}
 
 
 def test_each_of_a_batch_has_an_outcome_of_its_own(opened: Database) -> None:
@@ -138,3 +128,62 @@ def test_an_attempt_is_recorded_under_the_next_number(opened: Database) -> None:
     first = opened.write_now(wish, "h-1")
     assert opened.write_now(attempt, first) == [1]
     assert opened.write_now(attempt, first) == [1, 2]
+
+
+def test_rules_of_server_groups_are_decided_by_the_claim(opened: Database) -> None:
+    def prepare() -> list[Wish]:
+        a, b, small = make_host(40), make_host(40), make_host(1)
+        together, apart, pairs, soft = (
+            server_groups.insert(PROJECT, "AFFINITY"),
+            server_groups.insert(PROJECT, "ANTI_AFFINITY"),
+            server_groups.insert(PROJECT, "ANTI_AFFINITY", 2),
+            server_groups.insert(PROJECT, "SOFT_ANTI_AFFINITY"),
+        )
+        return [
+            wish(small),
+            wish(small, server_group_id=together),  # no room: it is the next one who is the first
+            *(wish(each, server_group_id=together) for each in (a, b, a)),
+            *(wish(each, server_group_id=apart) for each in (a, a, b)),
+            *(wish(each, server_group_id=pairs) for each in (a, a, a, b)),
+            *(wish(a, server_group_id=soft) for _ in range(2)),
+        ]
+
+    wishes = opened.write_now(prepare)
+    expected = [
+        "claimed", "taken",
+        "claimed", "rule", "claimed",
+        "claimed", "rule", "claimed",
+        "claimed", "claimed", "rule", "claimed",
+        "claimed", "claimed",
+    ]  # fmt: skip
+    found = opened.write_now(claims.claim, opened, SETTINGS, wishes)
+    assert [kind(each) for each in found.outcomes] == expected
+    again = opened.write_now(claims.claim, opened, SETTINGS, wishes)
+    assert [kind(each) for each in again.outcomes] == expected, "members are not counted twice"
+    named = [each.request.server_group_id for each in wishes if each.request.server_group_id]
+    groups = opened.read_now(server_group_store.load, opened, {*named, "grp-none"})
+    assert [sum(groups[id_].members.values()) for id_ in dict.fromkeys(named)] == [2, 2, 3, 2]
+    assert not any(group.misplaced() for group in groups.values())
+
+
+def test_server_groups_take_four_statements_more_and_others_none(opened: Database) -> None:
+    def prepare() -> tuple[list[str], list[str]]:
+        hosts = [make_host(40) for _ in range(8)]
+        return hosts, [server_groups.insert(PROJECT, "ANTI_AFFINITY", 40) for _ in range(8)]
+
+    host_ids, group_ids = opened.write_now(prepare)
+    counts = []
+    for groups in ([""] * 8, group_ids, group_ids[:1] * 8):
+        wishes = opened.write_now(
+            lambda groups=groups: [
+                wish(host_id, server_group_id=group_id)
+                for host_id, group_id in zip(host_ids, groups, strict=True)
+            ]
+        )
+        with counted(opened) as statements:
+            opened.write_now(claims.claim, opened, SETTINGS, wishes)
+        counts.append(len(statements))
+    assert counts[1] == counts[2] == counts[0] + 2
+    with counted(opened) as statements:
+        opened.read_now(server_group_store.load, opened, group_ids)
+    assert len(statements) == 2

@@ -7,7 +7,7 @@ import asyncio
 from google.protobuf import field_mask_pb2
 
 from mcloud.common.v1 import metadata_pb2, operation_pb2
-from mcloud.volume.v1 import volume_service_pb2
+from mcloud.volume.v1 import quota_service_pb2, quota_service_pb2_grpc, volume_service_pb2
 from mcloud_base import errors, ids, rpc
 from mcloud_controlplane.core import database
 from mcloud_controlplane.volume import model
@@ -104,6 +104,15 @@ async def test_the_quota_of_volumes_holds(
             await cloud.end_of(project, operation.id)
             await cloud.delete_volume(project, operation.resource.id)
     await cloud.create_volume(project, size_gib=5)
+    found = await rpc.call(
+        quota_service_pb2_grpc.QuotaServiceStub(cloud.public.channel).GetQuota,
+        quota_service_pb2.GetQuotaRequest(),
+        metadata=project.user,
+    )
+    assert (found.usage.volume_count, found.usage.volume_gib) == (1, 5)
+    assert (await refused(cloud.begin_create(project, "more"))).reason == "QUOTA_EXCEEDED"
+    await set_quota(cloud, project, volume_gib=-1)
+    await cloud.create_volume(project, size_gib=2)
 
 
 async def test_a_dry_run_writes_nothing(
