@@ -173,7 +173,11 @@ class World:
         self.subjects["fault"] = ids.new("d")
         row = (self.subjects["fault"], ids.new("i"), ids.new("h"), 1, 64, 1, 0)
         with sqlite3.connect(self.cloud.state_dir / "compute.db", timeout=20) as connection:
-            connection.execute(f"INSERT INTO claim VALUES ({', '.join('?' * len(row))})", row)
+            connection.execute(
+                "INSERT INTO claim (domain_id, instance_id, host_id, vcpu_count, memory_mib,"
+                " disk_gib, create_time) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
         connection.close()
 
     def state(self, subject: str) -> str:

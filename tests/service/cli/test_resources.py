@@ -269,7 +269,7 @@ def test_projects_users_roles_quota(cli: Cli, tmp_path: Path) -> None:
     shown = [line.split() for line in cli.run("quota", "show", "norprod").splitlines()]
     assert ["instance", "0", "3"] in shown
     assert ["memory", "(MiB)", "0", "none"] in shown
-    assert ["server_group", "0", "4"] in shown
+    assert ["server", "group", "0", "4"] in shown
     assert ["port", "0", "500"] in shown
 
     eve = Cli(cli.cloud, tmp_path / "eve")

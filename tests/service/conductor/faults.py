@@ -61,8 +61,10 @@ async def claim_differs(world: World) -> set[Key]:
 
 
 async def domain_without_claim(world: World) -> set[Key]:
-    await world.delete("compute", Claim, Claim.domain_id == world.domain_id)
-    return {("DOMAIN_WITHOUT_CLAIM", world.domain_id), ("HOST_VIEW_DIFFERS", world.host.id)}
+    mine = Claim.domain_id == world.domain_id
+    unseen = await _unseen(world, lambda n: world.update("compute", Claim, mine, memory_mib=n))
+    await world.delete("compute", Claim, mine)
+    return {("DOMAIN_WITHOUT_CLAIM", world.domain_id), unseen}
 
 
 async def host_view_differs(world: World) -> set[Key]:
