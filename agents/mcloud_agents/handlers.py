@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from mcloud.common.v1 import session_pb2
@@ -14,6 +15,7 @@ from mcloud_base import errors
 
 if TYPE_CHECKING:
     from mcloud_agents.compute.driver import HostFacts
+    from mcloud_agents.network.dataplane import InPlace
     from mcloud_agents.session import Handler
 
 State = domain_pb2.DomainStatus.State
@@ -23,9 +25,15 @@ class Dataplane(Protocol):
     """What is used of network.dataplane.Dataplane."""
 
     async def apply(
-        self, desired: dataplane_pb2.HostDataplane
+        self, desired: dataplane_pb2.HostDataplane, in_place: InPlace
     ) -> dataplane_pb2.HostDataplaneStatus:
-        """Bring the host to a document, or raise one of errors."""
+        """Bring the host to a document, or raise one of errors.
+
+        Args:
+            desired: the document.
+            in_place: told the ids of the ports that guests may be plugged into, as soon as they
+                may; what is to go may still be there.
+        """
         ...
 
     async def artifacts(self) -> Sequence[session_pb2.Artifact]:
@@ -40,6 +48,7 @@ class DataplaneHandler:
         self._dataplane = dataplane
         self._changed = asyncio.Condition()
         self._last = session_pb2.Observed()  # of the document that has been reached
+        self._in_place: tuple[int, Collection[str]] = (0, ())  # a generation, its ports
 
     async def apply(self, desired: session_pb2.Desired) -> session_pb2.Observed:
         """Bring the network to the document; a tombstone stands for the empty one."""
@@ -48,7 +57,7 @@ class DataplaneHandler:
             raise errors.InvalidArgument(
                 "UNKNOWN_SPEC", f"{desired.spec.type_url} is not known to this agent"
             )
-        status = await self._dataplane.apply(document)
+        status = await self._dataplane.apply(document, partial(self._tell, desired.generation))
         observed = session_pb2.Observed(
             id=desired.id,
             epoch=desired.epoch,
@@ -56,10 +65,13 @@ class DataplaneHandler:
             absent=desired.absent,
         )
         observed.status.Pack(status)
-        async with self._changed:
-            self._last = observed
-            self._changed.notify_all()
+        self._last = observed
         return observed
+
+    async def _tell(self, generation: int, port_ids: Collection[str]) -> None:
+        async with self._changed:
+            self._in_place = (generation, port_ids)
+            self._changed.notify_all()
 
     async def observe_all(self) -> Sequence[session_pb2.Observed]:
         """Return the document that has been reached since the agent's start."""
@@ -69,21 +81,30 @@ class DataplaneHandler:
         """Return everything of the network's."""
         return await self._dataplane.artifacts()
 
-    async def wait_generation(self, generation: int, deadline_s: float) -> None:
-        """Return once the network has reached a generation of the document.
+    async def wait_ports(
+        self, port_ids: Collection[str], generation: int, deadline_s: float
+    ) -> None:
+        """Return once guests may be plugged into ports, as this or a later generation has them.
 
         Raises:
-            Unavailable: DATAPLANE_BEHIND: it has not, by the deadline.
+            Unavailable: DATAPLANE_BEHIND: they may not, by the deadline.
         """
+        wanted = set(port_ids)
+
+        def are_in_place() -> bool:
+            reached, present = self._in_place
+            return reached >= generation and wanted <= set(present)
+
         try:
             async with asyncio.timeout(deadline_s), self._changed:
-                await self._changed.wait_for(lambda: self._last.generation >= generation)
+                await self._changed.wait_for(are_in_place)
         except TimeoutError as error:
             raise errors.Unavailable(
                 "DATAPLANE_BEHIND",
-                f"the host's network is at generation {self._last.generation} after "
-                f"{deadline_s:.0f} s; it should be at {generation}",
-                generation=self._last.generation,
+                f"the host's network is at generation {self._in_place[0]} after "
+                f"{deadline_s:.0f} s; ports {', '.join(sorted(wanted))} should be in place at "
+                f"{generation}",
+                generation=self._in_place[0],
             ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 
 from mcloud.common.v1 import operation_pb2, session_pb2
@@ -151,7 +151,9 @@ class FakePorts:
             dataplane_generation=40 + number,
         )
 
-    async def wait_generation(self, generation: int, deadline_s: float) -> None:
+    async def wait_ports(
+        self, port_ids: Collection[str], generation: int, deadline_s: float
+    ) -> None:
         self.waited.append(generation)
 
 

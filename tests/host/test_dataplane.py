@@ -241,6 +241,31 @@ def test_a_change_of_rules_leaves_other_flows_alone(host: Host) -> None:
             assert talk.stdout.readline() == "tick\n"
 
 
+def test_flows_do_not_pass_to_the_next_one_who_has_the_address(host: Host) -> None:
+    client, server = Port(host, 11), Port(host, 12)
+    server.allow(LEAVE, PING, TCP_8000)
+    host.apply(document(client, server))
+    client.boot()
+    server.boot()
+    with talking(client.guest, server.ip, server.guest):
+        assert server.ip in flows(host)
+        host.run("ip", "link", "del", server.binding.device_name)  # its guest is gone
+        following = Port(host, 12, tag="b")
+        following.allow(LEAVE, PING, TCP_8000)
+        host.apply(document(client, following))
+        assert server.ip not in flows(host)
+
+
+def flows(host: Host) -> str:
+    """The addresses of all flows through guests' rules."""
+    program = (
+        "from mcloud_agents.network import conntrack\n"
+        "for e in conntrack.list_entries(): print(e.zone, e.flow.source, e.flow.destination)"
+    )
+    listed = host.run(sys.executable, "-c", program).splitlines()
+    return "\n".join(line for line in listed if not line.startswith("0 "))
+
+
 @contextlib.contextmanager
 def talking(client: Guest, address: str, server: Guest) -> Iterator[subprocess.Popen[str]]:
     """Have a server that sends for ever, and a client that listens to it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -69,11 +69,13 @@ class Attachments(Protocol):
 class Dataplane(Protocol):
     """The network part of this agent."""
 
-    async def wait_generation(self, generation: int, deadline_s: float) -> None:
-        """Return once the host's dataplane has reached a generation.
+    async def wait_ports(
+        self, port_ids: Collection[str], generation: int, deadline_s: float
+    ) -> None:
+        """Return once guests may be plugged into ports, as this or a later generation has them.
 
         Raises:
-            Unavailable: it has not, by the deadline.
+            Unavailable: they may not, by the deadline.
         """
 
 

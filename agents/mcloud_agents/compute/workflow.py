@@ -231,7 +231,8 @@ async def _bind_ports(
             # The dataplane's document has them; here they would be most of the record.
             response.network.ClearField("remote_ports")
         generation = max(response.dataplane_generation for response in responses)
-        await place.dataplane.wait_generation(generation, place.dataplane_deadline_s)
+        port_ids = [nic.port_id for nic in spec.nics]
+        await place.dataplane.wait_ports(port_ids, generation, place.dataplane_deadline_s)
         # Before the guest starts: it will ask for its documents.
         record.bindings = responses
         await place.store.save(record)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from mcloud.network.v1 import dataplane_pb2 as pb
 from mcloud_agents.network import rules
 from mcloud_agents.network.filters import REVOKED
 from mcloud_agents.network.rules import Flow
+
+_SUFFIXES = {socket.AF_INET: "V4", socket.AF_INET6: "V6"}  # of the attributes' names
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ class Entry:
 
 def list_entries() -> Iterator[Entry]:
     """Return the flows of the calling thread's namespace."""
-    for family, suffix in ((socket.AF_INET, "V4"), (socket.AF_INET6, "V6")):
-        with NFCTSocket(nfgen_family=family) as table:
-            messages = list(table.dump())
-        for message in messages:
-            if message["nfgen_family"] == family:
-                yield _entry(message, family, suffix)
+    # Of both families at once: the kernel walks through its whole table for each question.
+    with NFCTSocket(nfgen_family=socket.AF_UNSPEC) as table:
+        messages = list(table.dump())
+    for message in messages:
+        suffix = _SUFFIXES.get(message["nfgen_family"])
+        if suffix is not None:
+            yield _entry(message, message["nfgen_family"], suffix)
 
 
 def _entry(message: Any, family: int, suffix: str) -> Entry:
@@ -76,11 +79,15 @@ def _entry(message: Any, family: int, suffix: str) -> Entry:
 
 
 def judge(
-    ports: Iterable[pb.PortBinding], zones: Mapping[str, int], exempt: Iterable[str] = ()
+    entries: Iterable[Entry],
+    ports: Iterable[pb.PortBinding],
+    zones: Mapping[str, int],
+    exempt: Iterable[str] = (),
 ) -> int:
     """Make the flows of these ports obey the rules that the ports have now.
 
     Args:
+        entries: the flows.
         ports: all ports of the networks concerned, so that both ends of a flow are judged.
         zones: of conntrack, by network id; networks without one are in zone 0.
         exempt: addresses of services, which no rule judges.
@@ -95,7 +102,7 @@ def judge(
                 owners[zones.get(port.network_id, 0), fixed.ip_address] = port
     free = set(exempt)
     changes = []
-    for entry in list_entries():
+    for entry in entries:
         flow = entry.flow
         source = owners.get((entry.zone, flow.source))
         destination = owners.get((entry.zone, flow.destination))
@@ -110,9 +117,13 @@ def judge(
     return _change("set", changes)
 
 
-def forget(condition: Callable[[Entry], bool]) -> int:
-    """Delete the flows of the calling thread's namespace that meet a condition."""
-    return _change("del", [(entry, {}) for entry in list_entries() if condition(entry)])
+def forget(entries: Iterable[Entry]) -> int:
+    """Delete flows.
+
+    Returns:
+        How many were still there.
+    """
+    return _change("del", [(entry, {}) for entry in entries])
 
 
 def _change(command: str, changes: Iterable[tuple[Entry, dict[str, int]]]) -> int:

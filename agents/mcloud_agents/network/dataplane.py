@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -31,6 +31,8 @@ from mcloud_base.errors import DeadlineExceeded, Error, NotFound
 _log = structlog.get_logger(__name__)
 _Result = TypeVar("_Result")
 
+InPlace = Callable[[Collection[str]], Awaitable[None]]
+
 _RESTART_PAUSE_S = 1.0  # between two passes for services that end again and again
 
 
@@ -46,6 +48,10 @@ class Tap:
     device: str
     mac: str
     mtu: int
+
+
+async def _nobody_waits(port_ids: Collection[str]) -> None:
+    """Tell nobody."""
 
 
 class Dataplane:
@@ -137,8 +143,15 @@ class Dataplane:
 
     # --- what the control plane wants -----------------------------------------------------------
 
-    async def apply(self, desired: pb.HostDataplane) -> pb.HostDataplaneStatus:
+    async def apply(
+        self, desired: pb.HostDataplane, in_place: InPlace = _nobody_waits
+    ) -> pb.HostDataplaneStatus:
         """Bring the host to a document. A repeat checks, and repairs, everything.
+
+        Args:
+            desired: the document.
+            in_place: told the ids of the ports that guests may be plugged into, as soon as they
+                may; what is to go may still be there.
 
         Returns:
             What is in place.
@@ -149,9 +162,9 @@ class Dataplane:
         """
         validation.check(desired)
         async with self._lock:
-            return await self._apply(desired)
+            return await self._apply(desired, in_place)
 
-    async def _apply(self, desired: pb.HostDataplane) -> pb.HostDataplaneStatus:
+    async def _apply(self, desired: pb.HostDataplane, in_place: InPlace) -> pb.HostDataplaneStatus:
         self._desired = pb.HostDataplane.FromString(desired.SerializeToString())
         outcome = await self._call(self._kernel.apply, self._desired)
         await self._serve_metadata(outcome.services)
@@ -159,6 +172,8 @@ class Dataplane:
         async with self._changed:
             self._ready = frozenset(outcome.ports)
             self._changed.notify_all()
+        await in_place(outcome.ports)
+        await self._call(self._kernel.finish, self._desired, outcome)
         if outcome.errors:
             raise outcome.errors[0]
         return pb.HostDataplaneStatus(
@@ -225,7 +240,7 @@ class Dataplane:
             try:
                 async with self._lock:
                     if self._desired is not None:
-                        await self._apply(self._desired)
+                        await self._apply(self._desired, _nobody_waits)
             except Error as error:
                 _log.warning("dataplane not as desired", reason=error.reason, error=str(error))
             await asyncio.sleep(_RESTART_PAUSE_S)

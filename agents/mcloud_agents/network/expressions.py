@@ -47,14 +47,24 @@ def anonymous_set(members: Iterable[Expression]) -> Expression:
     return {"set": sorted(members, key=repr)}
 
 
-def verdict_map(key: Expression, verdicts: Mapping[Any, Statement]) -> Statement:
+def named(name: str) -> Expression:
+    """Name a set or map of the table (Table.set, Table.map)."""
+    return f"@{name}"
+
+
+def verdict_map(key: Expression, map_: Expression) -> Statement:
     """Choose what to do by a value; go on with the next rule if it is not among the keys."""
-    return {"vmap": {"key": key, "data": {"set": [[k, v] for k, v in verdicts.items()]}}}
+    return {"vmap": {"key": key, "data": map_}}
 
 
-def value_map(key: Expression, values: Mapping[Any, Any]) -> Expression:
+def value_map(key: Expression, map_: Expression) -> Expression:
     """Look a value up; the rule ends if the key is not there."""
-    return {"map": {"key": key, "data": {"set": [[k, v] for k, v in values.items()]}}}
+    return {"map": {"key": key, "data": map_}}
+
+
+def anonymous_map(values: Mapping[Any, Any]) -> Expression:
+    """Values by their keys."""
+    return {"set": [[k, v] for k, v in values.items()]}
 
 
 def jump(chain: str) -> Statement:
@@ -96,13 +106,16 @@ def networks(cidrs: Iterable[str]) -> Expression:
 
 
 class Table:
-    """Commands that fill a table."""
+    """What a table is to hold: chains with their rules, and named sets and maps."""
 
     def __init__(self, family: str, name: str) -> None:
         self.family = family
         self.name = name
-        self.chains: list[Statement] = []
-        self.rules: list[Statement] = []
+        self.chains: dict[str, Mapping[str, object]] = {}  # attributes by name
+        self.rules: dict[str, list[Sequence[Statement]]] = {}  # by chain
+        self.sets: dict[str, Mapping[str, object]] = {}  # attributes by name
+        # By set: the members of one, with None; the values of a map by its keys.
+        self.elements: dict[str, dict[Any, Any]] = {}
 
     def base_chain(self, name: str, kind: str, hook: str, priority: int) -> None:
         """Add a chain that the kernel enters by itself; what it does not decide is accepted."""
@@ -113,19 +126,63 @@ class Table:
         self._add_chain(name)
 
     def _add_chain(self, name: str, **attributes: object) -> None:
-        chain = {"family": self.family, "table": self.name, "name": name, **attributes}
-        self.chains.append({"add": {"chain": chain}})
+        self.chains[name] = attributes
+        self.rules.setdefault(name, [])
 
     def rule(self, chain: str, *statements: Statement) -> None:
         """Add a rule at the end of a chain."""
-        rule = {
-            "family": self.family,
-            "table": self.name,
-            "chain": chain,
-            "expr": list(statements),
-        }
-        self.rules.append({"add": {"rule": rule}})
+        self.rules[chain].append(statements)
+
+    def set(self, name: str, type_: str, members: Iterable[Expression]) -> None:
+        """Add a set of this type ("ifname", "mark", …)."""
+        self.sets[name] = {"type": type_}
+        self.elements[name] = dict.fromkeys(members)
+
+    def map(self, name: str, types: tuple[str, str], values: Mapping[Any, Any]) -> None:
+        """Add a map from the one type to the other, or to "verdict"."""
+        self.sets[name] = {"type": types[0], "map": types[1]}
+        self.elements[name] = dict(values)
+
+    # --- as commands ----------------------------------------------------------------------------
 
     def commands(self) -> list[Statement]:
-        """Return everything, chains first: rules jump to them."""
-        return [*self.chains, *self.rules]
+        """Return what fills an empty table: chains first, since all the rest names them."""
+        return [
+            *map(self.add_chain, self.chains),
+            *(command for name in self.sets for command in self.add_set(name)),
+            *(command for chain in self.chains for command in self.add_rules(chain)),
+        ]
+
+    def add_chain(self, name: str) -> Statement:
+        """Return the command that makes a chain, without rules."""
+        return {"add": {"chain": {**self._within(name=name), **self.chains[name]}}}
+
+    def add_rules(self, chain: str) -> list[Statement]:
+        """Return the commands that put a chain's rules at its end."""
+        within = self._within(chain=chain)
+        return [{"add": {"rule": {**within, "expr": list(rule)}}} for rule in self.rules[chain]]
+
+    def add_set(self, name: str) -> list[Statement]:
+        """Return the commands that make a set or map with what is in it."""
+        kind = "map" if "map" in self.sets[name] else "set"
+        made = {"add": {kind: {**self._within(name=name), **self.sets[name]}}}
+        return [made, *self.change_elements("add", name, self.elements[name])]
+
+    def change_elements(self, verb: str, name: str, keys: Iterable[Any]) -> list[Statement]:
+        """Return the command that adds or deletes these of a set's elements; none for no keys."""
+        values = self.elements[name]
+        elements = [key if values[key] is None else [key, values[key]] for key in keys]
+        if not elements:
+            return []
+        return [{verb: {"element": {**self._within(name=name), "elem": elements}}}]
+
+    def change_chain(self, verb: str, name: str) -> Statement:
+        """Return the command that flushes or deletes a chain."""
+        return {verb: {"chain": self._within(name=name)}}
+
+    def delete_set(self, name: str) -> Statement:
+        """Return the command that deletes a set or map."""
+        return {"delete": {"map" if "map" in self.sets[name] else "set": self._within(name=name)}}
+
+    def _within(self, **names: str) -> dict[str, str]:
+        return {"family": self.family, "table": self.name, **names}

@@ -11,6 +11,10 @@ goes to (high 16 bits), and the inet family judges by these numbers:
     inet   forward       0   flows that go on; the sender's rules out, the receiver's rules in
     bridge postrouting 300   no mark leaves the host inside a tunnel
 
+Which device and which number is whose stands in named maps, so that another port is an addition,
+which the kernel makes at once; what goes or changes it makes only after all its processors have
+let go of the old (ruleset.py).
+
 Devices are named, not looked up: rules stand before a guest's tap exists. A device that is on one
 of mcloud's bridges but in no document has the number 0, and nothing from or to it passes.
 """
@@ -41,8 +45,8 @@ _ETHERTYPES = ("arp", "ip", "ip6")
 
 def build(
     document: pb.HostDataplane, numbers: Numbers, physical: Mapping[str, str]
-) -> list[nft.Command]:
-    """Return the commands that replace the host's tables by what the document asks for.
+) -> list[x.Table]:
+    """Return the host's tables as the document asks for them.
 
     Args:
         document: valid.
@@ -50,12 +54,12 @@ def build(
         physical: bridge by the name of the outside network.
     """
     devices = _Devices(document, numbers, physical)
-    bridge = _bridge_table(document, devices)
-    inet = _inet_table(document, numbers, devices)
-    return [
-        *nft.replace_table("bridge", names.TABLE, bridge.commands()),
-        *nft.replace_table("inet", names.TABLE, inet.commands()),
-    ]
+    return [_bridge_table(document, devices), _inet_table(document, numbers, devices)]
+
+
+def is_of_port(chain: str) -> bool:
+    """Tell whether a chain is one port's (or one kind of device's) and no other's."""
+    return chain.startswith(("from-", "to-", "out-", "in-"))
 
 
 def remove() -> list[nft.Command]:
@@ -108,16 +112,19 @@ def _bridge_table(document: pb.HostDataplane, devices: _Devices) -> x.Table:
     table.base_chain("prerouting", "filter", "prerouting", -300)
     table.base_chain("forward", "filter", "forward", -300)
     table.base_chain("postrouting", "filter", "postrouting", 300)
-    if devices.numbers:
-        source = x.value_map(x.meta("iifname"), devices.numbers)
-        table.rule("prerouting", x.set_value(x.meta("mark"), source))
-        table.rule(
-            "forward",
-            x.verdict_map(
-                x.meta("oifname"),
-                {name: x.jump(f"to-{_label(devices, name)}") for name in devices.numbers},
-            ),
-        )
+    table.map("numbers", ("ifname", "mark"), devices.numbers)
+    table.map(
+        "destinations",
+        ("ifname", "verdict"),
+        {name: x.jump(f"to-{_label(devices, name)}") for name in devices.numbers},
+    )
+    table.map(
+        "guests", ("ifname", "verdict"), {name: x.goto(f"from-{name}") for name in devices.filtered}
+    )
+    table.set("overlay", "ifname", devices.overlay)
+    source = x.value_map(x.meta("iifname"), x.named("numbers"))
+    table.rule("prerouting", x.set_value(x.meta("mark"), source))
+    table.rule("forward", x.verdict_map(x.meta("oifname"), x.named("destinations")))
     for network in document.networks:
         others = devices.members[network.network_id]
         if network.service_mac and others:
@@ -135,9 +142,7 @@ def _bridge_table(document: pb.HostDataplane, devices: _Devices) -> x.Table:
                 x.match(x.payload("ether", "daddr"), network.service_mac),
                 *x.DROP,
             )
-    if devices.filtered:
-        spoofing = {name: x.goto(f"from-{name}") for name in devices.filtered}
-        table.rule("prerouting", x.verdict_map(x.meta("iifname"), spoofing))
+    table.rule("prerouting", x.verdict_map(x.meta("iifname"), x.named("guests")))
     for name, port in devices.filtered.items():
         _add_spoofing_chain(table, name, port)
     for label, number in sorted(
@@ -153,12 +158,9 @@ def _bridge_table(document: pb.HostDataplane, devices: _Devices) -> x.Table:
     # A service answers this host's guests only: not other hosts, not the outside, no stranger.
     strangers = [SERVICE, SERVICE << 16, SERVICE << 16 | WIRE, WIRE << 16 | SERVICE]
     table.rule("forward", x.match(x.meta("mark"), x.anonymous_set(strangers)), *x.DROP)
-    if devices.overlay:
-        overlay = x.anonymous_set(devices.overlay)
-        table.rule("forward", x.match(x.meta("oifname"), overlay), x.match(_SOURCE, 0), *x.DROP)
-        table.rule(
-            "forward", x.match(x.meta("iifname"), overlay), x.match(_DESTINATION, 0), *x.DROP
-        )
+    overlay = x.named("overlay")
+    table.rule("forward", x.match(x.meta("oifname"), overlay), x.match(_SOURCE, 0), *x.DROP)
+    table.rule("forward", x.match(x.meta("iifname"), overlay), x.match(_DESTINATION, 0), *x.DROP)
     if devices.vxlans:
         vxlans = x.match(x.meta("oifname"), x.anonymous_set(devices.vxlans))
         table.rule("postrouting", vxlans, x.set_value(x.meta("mark"), 0))
@@ -265,12 +267,13 @@ def _add_judgement(table: x.Table, numbers: Numbers, devices: _Devices) -> None:
     table.rule("judge", x.match(revoked, REVOKED), *x.DROP)
     table.rule("judge", _state("established", "related"), x.ACCEPT)
     table.rule("judge", _state("invalid"), *x.DROP)
-    if devices.filtered:
-        number = {name: numbers.ports[port.port_id] for name, port in devices.filtered.items()}
-        leave = {number[name]: x.jump(f"out-{name}") for name in devices.filtered}
-        enter = {number[name] << 16: x.goto(f"in-{name}") for name in devices.filtered}
-        table.rule("judge", x.verdict_map(_SOURCE, leave))
-        table.rule("judge", x.verdict_map(_DESTINATION, enter))
+    number = {name: numbers.ports[port.port_id] for name, port in devices.filtered.items()}
+    leave = {number[name]: x.jump(f"out-{name}") for name in devices.filtered}
+    enter = {number[name] << 16: x.goto(f"in-{name}") for name in devices.filtered}
+    table.map("senders", ("mark", "verdict"), leave)
+    table.map("receivers", ("mark", "verdict"), enter)
+    table.rule("judge", x.verdict_map(_SOURCE, x.named("senders")))
+    table.rule("judge", x.verdict_map(_DESTINATION, x.named("receivers")))
     table.rule("judge", x.ACCEPT)
 
 

@@ -21,11 +21,11 @@ from mcloud_agents.network import (
     filters,
     links,
     names,
-    nft,
     routers,
     services,
 )
 from mcloud_agents.network.links import Link, Links
+from mcloud_agents.network.ruleset import Ruleset
 from mcloud_agents.network.services import Service
 from mcloud_agents.network.settings import Settings
 from mcloud_agents.network.state import Numbers, State
@@ -42,6 +42,9 @@ class Outcome:
     dhcp_servers: list[int] = field(default_factory=list)  # process ids
     ports: list[str] = field(default_factory=list)  # ids of those in place
     errors: list[Error] = field(default_factory=list)
+    filtered: bool = False  # there is something for a packet filter to do
+    left: Numbers = field(default_factory=Numbers)  # of the pass before
+    numbers: Numbers = field(default_factory=Numbers)
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,16 @@ class Kernel:
     def __init__(self, settings: Settings, state: State) -> None:
         self._settings = settings
         self._state = state
-        self._document: pb.HostDataplane | None = None  # of the last pass
+        self._ruleset = Ruleset(state)
+        self._document: pb.HostDataplane | None = None  # of the last pass that was finished
         self._networks: dict[str, _Done] = {}
         self._routers: dict[str, bytes] = {}
 
     def apply(self, document: pb.HostDataplane) -> Outcome:
-        """Bring the host to a document; what fails is told in the outcome, and stops nothing else.
+        """Put everything in place that a document names; what fails is told in the outcome.
 
         Only what differs from the document of the last pass is looked at, unless nothing does:
-        then everything is.
+        then everything is. `finish` does what no guest waits for.
 
         Raises:
             Error: the filter could not be brought to the document; nothing else was tried.
@@ -80,22 +84,42 @@ class Kernel:
         try:
             bridges.ensure_sysctls()
             self._state.save_document(document)
-            old = self._state.load_numbers()
-            numbers = old.give_out(
+            outcome.left = self._state.load_numbers()
+            outcome.numbers = outcome.left.give_out(
                 [port.port_id for port in document.ports],
                 [n.network_id for n in document.networks if not n.physical_network],
             )
-            self._state.save_numbers(numbers)
+            self._state.save_numbers(outcome.numbers)
             with links.opened() as host:
-                if document.networks or bridges.list_ours(host):
-                    self._ensure_filter(document, numbers)
+                outcome.filtered = bool(document.networks or bridges.list_ours(host))
+                if outcome.filtered:
+                    physical = self._settings.physical_networks
+                    tables = filters.build(document, outcome.numbers, physical)
+                    self._ruleset.begin(tables)
                 self._ensure_all(host, document, outcome)
+        except (NetlinkError, OSError, subprocess.SubprocessError) as error:
+            raise _refused("the host's dataplane", error) from error
+        return outcome
+
+    def finish(self, document: pb.HostDataplane, outcome: Outcome) -> None:
+        """Remove what the document does not name, and end the flows that it does not admit.
+
+        Args:
+            document: of the pass.
+            outcome: what `apply` returned.
+
+        Raises:
+            Error: something could not be removed.
+        """
+        try:
+            if outcome.filtered:
+                self._ruleset.finish()
+            with links.opened() as host:
                 self._remove_unnamed(host, document)
-            self._end_flows(document, old, numbers)
+            self._end_flows(document, outcome.left, outcome.numbers)
         except (NetlinkError, OSError, subprocess.SubprocessError) as error:
             raise _refused("the host's dataplane", error) from error
         self._document = pb.HostDataplane.FromString(document.SerializeToString())
-        return outcome
 
     def metadata_socket(self, service: Service) -> socket.socket:
         """Open the listener of a network's metadata."""
@@ -104,45 +128,25 @@ class Kernel:
         except OSError as error:
             raise _refused(f"metadata of network {service.network_id}", error) from error
 
-    # --- filter ---------------------------------------------------------------------------------
-
-    def _ensure_filter(self, document: pb.HostDataplane, numbers: Numbers) -> None:
-        """Replace the filter in one transaction, unless it is as it should be."""
-        commands = filters.build(document, numbers, self._settings.physical_networks)
-        built, listed = self._state.load_digests("host")
-        wanted = nft.digest(commands)
-        if wanted == built and _listed() == listed:
-            return
-        nft.run(commands)
-        self._state.save_digests("host", wanted, _listed())
-        _log.info("packet filter replaced", ports=len(document.ports))
+    # --- flows ----------------------------------------------------------------------------------
 
     def _end_flows(self, document: pb.HostDataplane, old: Numbers, new: Numbers) -> None:
-        """End the flows that the rules of now do not admit, and those of networks that left."""
+        """Forget the flows of ports and networks that left; end those that no rule admits now."""
         left = {zone for id_, zone in old.zones.items() if id_ not in new.zones}
-        if left:
-            conntrack.forget(lambda entry: entry.zone in left)
-        if self._document is not None and _rules(self._document) == _rules(document):
+        before = self._document
+        if not left and before is not None and _rules(before) == _rules(document):
             return
-        self._forget_departed(document, new)
+        departed = _departed(before, document, old) if before is not None else set()
+        kept: list[conntrack.Entry] = []
+        gone: list[conntrack.Entry] = []
+        for entry in conntrack.list_entries():
+            ends = {(entry.zone, entry.flow.source), (entry.zone, entry.flow.destination)}
+            (gone if entry.zone in left or ends & departed else kept).append(entry)
+        conntrack.forget(gone)
         exempt = {s.service_ip for n in document.networks for s in n.subnets}
-        ended = conntrack.judge(document.ports, new.zones, {*exempt, names.METADATA_IP})
+        ended = conntrack.judge(kept, document.ports, new.zones, {*exempt, names.METADATA_IP})
         if ended:
             _log.info("flows judged anew", changed=ended)
-
-    def _forget_departed(self, document: pb.HostDataplane, numbers: Numbers) -> None:
-        """Forget the flows of ports that left: their address may be another's soon."""
-        if self._document is None:
-            return
-        present = _addresses(document, numbers)
-        departed = _addresses(self._document, numbers) - present
-        if departed:
-            conntrack.forget(
-                lambda entry: bool(
-                    {(entry.zone, entry.flow.source), (entry.zone, entry.flow.destination)}
-                    & departed
-                )
-            )
 
     # --- networks and routers -------------------------------------------------------------------
 
@@ -227,16 +231,11 @@ class Kernel:
         if bridges.list_ours(host):
             _log.warning("bridges kept for guests nobody names", bridges=bridges.list_ours(host))
         else:
-            nft.run(filters.remove())
-            self._state.save_digests("host", "", "")
+            self._ruleset.remove()
 
 
 def _refused(what: str, error: Exception) -> Unavailable:
     return Unavailable("NETWORK_REFUSED", f"{what}: the kernel refused: {error}")
-
-
-def _listed() -> str:
-    return nft.digest_tables([("bridge", names.TABLE), ("inet", names.TABLE)])
 
 
 def _rules(document: pb.HostDataplane) -> list[tuple[object, ...]]:
@@ -252,10 +251,20 @@ def _rules(document: pb.HostDataplane) -> list[tuple[object, ...]]:
     ]
 
 
-def _addresses(document: pb.HostDataplane, numbers: Numbers) -> set[tuple[int, str]]:
-    """Return (zone, address) of every port."""
+def _departed(
+    before: pb.HostDataplane, document: pb.HostDataplane, numbers: Numbers
+) -> set[tuple[int, str]]:
+    """Return (zone, address) of the ports that left; the address may be another's by now.
+
+    Args:
+        before: the document that named them.
+        document: the one of now.
+        numbers: of the former.
+    """
+    present = {port.port_id for port in document.ports}
     return {
         (numbers.zones.get(port.network_id, 0), fixed.ip_address)
-        for port in document.ports
+        for port in before.ports
+        if port.port_id not in present
         for fixed in port.fixed_ips
     }

@@ -9,6 +9,8 @@ import ctypes
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +19,11 @@ from mcloud_base.errors import Unavailable
 
 _OUTPUT_JSON = 1 << 4
 _FLEETING = re.compile(rb'"(handle|packets|bytes)": \d+')
+
+_NETLINK_NETFILTER = 12
+_GETGEN = 10 << 8 | 16  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN
+_REQUEST = 1  # NLM_F_REQUEST
+_GEN_ID = 1  # NFTA_GEN_ID
 
 Command = Mapping[str, Any]
 
@@ -95,6 +102,25 @@ def replace_table(family: str, name: str, content: Sequence[Command]) -> list[Co
 def remove_table(family: str, name: str) -> list[Command]:
     """Return the commands that remove a table, whether there is one."""
     return replace_table(family, name, [])[:2]
+
+
+def generation() -> int:
+    """Return the number of transactions that the namespace's rulesets have seen, anybody's.
+
+    Source: linux/netfilter/nf_tables.h, NFT_MSG_GETGEN and NFTA_GEN_ID.
+    """
+    request = struct.pack("=IHHII BBH", 20, _GETGEN, _REQUEST, 1, 0, 0, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as kernel:
+        kernel.send(request)
+        answer = kernel.recv(4096)
+    offset = 20
+    while offset < len(answer):
+        length, kind = struct.unpack_from("=HH", answer, offset)
+        if kind == _GEN_ID:
+            (number,) = struct.unpack_from(">I", answer, offset + 4)
+            return int(number)
+        offset += (length + 3) & ~3
+    raise Unavailable("PACKET_FILTER_REFUSED", "the kernel does not count its rulesets")
 
 
 def digest(commands: Sequence[Command]) -> str:

@@ -39,9 +39,13 @@ def _add_translation(table: x.Table, router: pb.RouterBinding) -> None:
     source, destination = x.payload("ip", "saddr"), x.payload("ip", "daddr")
     leaves = x.match(x.meta("oifname"), outside)
     if floating:
-        table.rule("prerouting", {"dnat": {"addr": x.value_map(destination, floating)}})
+        table.rule(
+            "prerouting", {"dnat": {"addr": x.value_map(destination, x.anonymous_map(floating))}}
+        )
         back = {fixed: public for public, fixed in floating.items()}
-        table.rule("postrouting", leaves, {"snat": {"addr": x.value_map(source, back)}})
+        table.rule(
+            "postrouting", leaves, {"snat": {"addr": x.value_map(source, x.anonymous_map(back))}}
+        )
         if router.interfaces:
             # A guest that asks for a neighbour's floating address must get its answer through
             # the router too, not straight from the neighbour.
@@ -167,7 +171,7 @@ def _end_flows(namespace: str, router: pb.RouterBinding) -> None:
         return sender != shown and shown not in own and public.get(sender) != shown
 
     with namespaces.entered(namespace):
-        conntrack.forget(is_stale)
+        conntrack.forget(filter(is_stale, conntrack.list_entries()))
 
 
 def remove_unnamed(host: Links, router_ids: Set[str], state: State) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcloud.common.v1 import session_pb2
 from mcloud.conductor.v1 import domain_pb2
@@ -14,6 +15,9 @@ from mcloud_agents.compute.image_cache import ByteSource, CachedImage
 from mcloud_agents.compute.record import Record
 from mcloud_agents.simulate.state_file import StateFile
 from mcloud_base import errors
+
+if TYPE_CHECKING:
+    from mcloud_agents.network.dataplane import InPlace
 
 VOLUME = "volume"
 _NBD_PORT = 10809
@@ -125,9 +129,10 @@ class Dataplane:
         """See agent.Dataplane."""
 
     async def apply(
-        self, desired: dataplane_pb2.HostDataplane
+        self, desired: dataplane_pb2.HostDataplane, in_place: InPlace
     ) -> dataplane_pb2.HostDataplaneStatus:
         """See handlers.Dataplane."""
+        await in_place([port.port_id for port in desired.ports])
         self._taps = [(port.device_name, port.port_id) for port in desired.ports]
         return dataplane_pb2.HostDataplaneStatus(
             network_count=len(desired.networks),

@@ -19,6 +19,7 @@ from mcloud.scheduler.v1 import placement_pb2
 from mcloud_agents import __main__, handlers, settings
 from mcloud_agents.compute.driver import HostFacts
 from mcloud_agents.enrolment import Files, Membership
+from mcloud_agents.network.dataplane import InPlace
 from mcloud_agents.state import State
 from mcloud_base import errors, tls
 
@@ -107,12 +108,16 @@ class Network:
 
     def __init__(self) -> None:
         self.documents: list[dataplane_pb2.HostDataplane] = []
+        self.finishing: asyncio.Event | None = None  # what is to go goes after this
 
     async def apply(
-        self, desired: dataplane_pb2.HostDataplane
+        self, desired: dataplane_pb2.HostDataplane, in_place: InPlace
     ) -> dataplane_pb2.HostDataplaneStatus:
         if len(desired.networks) > 1:
             raise errors.Unavailable("NO_BRIDGE", "no bridge")
+        await in_place([port.port_id for port in desired.ports])
+        if self.finishing is not None:
+            await self.finishing.wait()
         self.documents.append(desired)
         return dataplane_pb2.HostDataplaneStatus(network_count=len(desired.networks))
 
@@ -120,31 +125,55 @@ class Network:
         return []
 
 
-def _document(generation: int, networks: int = 1, *, absent: bool = False) -> session_pb2.Desired:
+def _document(
+    generation: int, networks: int = 1, *port_ids: str, absent: bool = False
+) -> session_pb2.Desired:
     desired = session_pb2.Desired(id="h-1", epoch="e1", generation=generation, absent=absent)
     if not absent:
         desired.spec.Pack(
-            dataplane_pb2.HostDataplane(networks=[dataplane_pb2.NetworkSegment()] * networks)
+            dataplane_pb2.HostDataplane(
+                networks=[dataplane_pb2.NetworkSegment()] * networks,
+                ports=[dataplane_pb2.PortBinding(port_id=port_id) for port_id in port_ids],
+            )
         )
     return desired
 
 
-async def test_who_waits_for_a_generation_is_woken_when_it_is_reached() -> None:
+async def test_who_waits_for_a_port_is_woken_when_its_generation_is_in_place() -> None:
     handler = handlers.DataplaneHandler(Network())
-    waiter = asyncio.create_task(handler.wait_generation(2, 20))
-    await handler.apply(_document(1))
+    waiter = asyncio.create_task(handler.wait_ports(["port-1"], 2, 20))
+    await handler.apply(_document(1, 1, "port-1"))
     assert not waiter.done()
-    observed = await handler.apply(_document(3))
+    observed = await handler.apply(_document(3, 1, "port-1", "port-2"))
     await waiter
     assert (observed.generation, [*await handler.observe_all()]) == (3, [observed])
+
+
+async def test_who_waits_for_a_port_does_not_wait_for_what_is_to_go() -> None:
+    network = Network()
+    network.finishing = asyncio.Event()
+    handler = handlers.DataplaneHandler(network)
+    applying = asyncio.create_task(handler.apply(_document(1, 1, "port-1")))
+    await handler.wait_ports(["port-1"], 1, 20)
+    assert not applying.done()
+    assert await handler.observe_all() == []  # the document is not reached yet
+    network.finishing.set()
+    await applying
+
+
+async def test_a_port_that_no_document_names_is_not_in_place() -> None:
+    handler = handlers.DataplaneHandler(Network())
+    await handler.apply(_document(3, 1, "port-1"))
+    with pytest.raises(errors.Unavailable, match="port-2"):
+        await handler.wait_ports(["port-1", "port-2"], 2, 0.01)
 
 
 async def test_a_generation_that_failed_is_not_reached() -> None:
     handler = handlers.DataplaneHandler(Network())
     with pytest.raises(errors.Unavailable, match="NO_BRIDGE"):
-        await handler.apply(_document(1, networks=2))
+        await handler.apply(_document(1, 2, "port-1"))
     with pytest.raises(errors.Unavailable, match="DATAPLANE_BEHIND"):
-        await handler.wait_generation(1, 0.01)
+        await handler.wait_ports(["port-1"], 1, 0.01)
     assert await handler.observe_all() == []
 
 

@@ -43,7 +43,8 @@ def build(document: pb.HostDataplane) -> list[nft.Command]:
     numbers = Numbers().give_out(
         [p.port_id for p in document.ports], [n.network_id for n in document.networks]
     )
-    return filters.build(document, numbers, {"external": "br-ex"})
+    tables = filters.build(document, numbers, {"external": "br-ex"})
+    return [command for table in tables for command in table.commands()]
 
 
 def lines(commands: list[nft.Command]) -> str:
