@@ -18,7 +18,7 @@ from mcloud_cli import kinds, output
 if TYPE_CHECKING:
     from mcloud_cli.session import Session
 
-_CHUNK = 256 << 10  # larger messages take longer to make, for as many bytes
+_CHUNK = 1 << 20  # the largest message that the service takes
 _SLOWEST = 128 * 1024  # bytes per second; slower ends at the deadline, and can be taken up again
 _ATTEMPTS = 5
 

@@ -2,7 +2,8 @@
 
 Random bytes, so that nothing is compressed or sparse. The upload's yardstick is `cp` and SHA-256 of
 the same file, that of the download `cp`: the client writes what it gets to a file, too.
-`image_stream_bare` is what a bare gRPC server of messages as long reaches, beside the same `cp`.
+`image_stream_bare` is what a bare gRPC server of messages as long as the upload's reaches, beside
+the same `cp`. Nothing that was written before is still on its way to the disk.
 """
 
 from __future__ import annotations
@@ -68,20 +69,23 @@ async def _measure(plan: Plan, cloud: Cloud, mib: int) -> Samples:
     async with Client(cloud.plane) as client, yardsticks.bare_server(cloud.plane) as bare:
         for number in range(plan.repeats):
             image = await images.create(client, f"bench-{mib}-{number}")
+            _settle(target)
             begin = time.perf_counter()
             await images.upload(client, image.metadata.id, _chunks(source), digest)
             samples.upload.append(mib / (time.perf_counter() - begin))
+            _settle(target)
             samples.download.append(mib / await _download(client, image.metadata.id, target))
             assert target.stat().st_size == source.stat().st_size
             await _delete(client, image)
             count = (mib << 20) // images.CHUNK_BYTES
+            _settle(target)
             took = await yardsticks.stream(bare, count, images.CHUNK_BYTES, target)
             samples.bare.append(mib / took)
             for yardstick, found in (
                 (yardsticks.copy_and_digest, samples.digested),
                 (yardsticks.copy, samples.copied),
             ):
-                target.unlink()
+                _settle(target)
                 found.append(mib / await asyncio.to_thread(yardstick, source, target))
     source.unlink()
     return samples
@@ -96,6 +100,12 @@ async def _download(client: Client, image_id: str, target: Path) -> float:
         async for part in stub.DownloadImage(request, metadata=client.metadata(), timeout=600):
             file.write(part.chunk)
     return time.perf_counter() - begin
+
+
+def _settle(target: Path) -> None:
+    """Let no measurement pay for what the one before it left to be written or thrown away."""
+    target.unlink(missing_ok=True)
+    os.sync()
 
 
 async def _delete(client: Client, image: image_pb2.Image) -> None:

@@ -19,6 +19,7 @@ log = structlog.get_logger()
 
 _IDLE_S = 30.0  # without a message; less than the lease, which is renewed as messages come
 _RENEW_S = 10.0
+_ARRIVED = 8  # chunks that wait while others are written
 _REFUSED = ("DIGEST_MISMATCH", "IMAGE_REFUSED")
 
 Requests = AsyncIterator[image_service_pb2.UploadImageDataRequest]
@@ -65,25 +66,55 @@ class Uploads:
 
     async def _write(self, lease: Lease, partial: Partial, requests: Requests) -> str:
         """Write the chunks; return the digest that the client has of them."""
-        granted, renewal = 0, 0.0
-        while True:
-            request = await _next(requests)
-            if request is None:
-                raise errors.InvalidArgument(
-                    "UPLOAD_UNFINISHED",
-                    f"the upload ended without its digest; go on at {partial.size}",
-                    offset=partial.size,
-                )
+        arrived: asyncio.Queue[bytes | None] = asyncio.Queue(_ARRIVED)
+        try:
+            async with asyncio.TaskGroup() as group:
+                writing = group.create_task(self._write_arrived(partial, arrived))
+                sha256 = await self._receive(lease, partial, requests, arrived)
+                await arrived.put(None)
+                await writing
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        if sha256 is None:
+            raise errors.InvalidArgument(
+                "UPLOAD_UNFINISHED",
+                f"the upload ended without its digest; go on at {partial.size}",
+                offset=partial.size,
+            )
+        return sha256
+
+    async def _receive(
+        self,
+        lease: Lease,
+        partial: Partial,
+        requests: Requests,
+        arrived: asyncio.Queue[bytes | None],
+    ) -> str | None:
+        """Take the chunks that come; return the digest, or None if the upload ends without."""
+        granted, renewal, size = 0, 0.0, partial.size
+        while request := await _next(requests):
             kind = request.WhichOneof("part")
             if kind == "end":
                 return request.end.sha256
             if kind != "chunk":
                 raise errors.InvalidArgument("BAD_UPLOAD", "after start come chunks, then end")
-            size = partial.size + len(request.chunk)
+            chunk = request.chunk  # a copy, each time
+            size += len(chunk)
             if size > granted or time.monotonic() > renewal:
                 granted = await self._advance(lease, partial, size)
                 renewal = time.monotonic() + _RENEW_S
-            await self._contents.run(partial.write, request.chunk)
+            await arrived.put(chunk)
+        return None
+
+    async def _write_arrived(self, partial: Partial, arrived: asyncio.Queue[bytes | None]) -> None:
+        """Write what arrives, until None; what comes meanwhile is written next, all at once."""
+        while (chunk := await arrived.get()) is not None:
+            chunks = [chunk]
+            while not arrived.empty() and (chunk := arrived.get_nowait()) is not None:
+                chunks.append(chunk)
+            await self._contents.run(partial.write, chunks)
+            if chunk is None:
+                return
 
     async def _advance(self, lease: Lease, partial: Partial, needed_bytes: int) -> int:
         return await self._database.write(upload_store.advance, lease, partial.size, needed_bytes)

@@ -147,7 +147,7 @@ async def test_a_full_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     os.dup2(descriptor, partial._descriptor)
     os.close(descriptor)
     with pytest.raises(errors.Exhausted) as caught:
-        await opened.run(partial.write, b"x")
+        await opened.run(partial.write, [b"x"])
     assert caught.value.reason == "STORE_FULL"
     partial.close()
     opened.close()
