@@ -23,6 +23,7 @@ from mcloud_agents import handlers
 from mcloud_agents.compute import agent as compute
 from mcloud_agents.compute import services, workflow
 from mcloud_agents.link import Links
+from mcloud_agents.network.dataplane import InPlace
 from mcloud_agents.report import HostReport
 from mcloud_agents.session import Handler, HostSession, Limits
 from mcloud_base import tls
@@ -72,7 +73,7 @@ class LightHost:
         self.driver = FakeDriver()
         self.ports = RememberedPorts(services.GrpcPorts(self.links.to("network")))
         self.attachments = RememberedAttachments(services.GrpcAttachments(self.links.to("volume")))
-        network = handlers.DataplaneHandler(self.dataplane)  # type: ignore[arg-type]
+        network = handlers.DataplaneHandler(self.dataplane)
         self.agent = compute.ComputeAgent(
             compute.Settings(name, directory / "compute", longest_pause_s=0.5),
             self.driver,
@@ -165,9 +166,10 @@ class LightDataplane:
         self.document = dataplane_pb2.HostDataplane()
 
     async def apply(
-        self, document: dataplane_pb2.HostDataplane
+        self, desired: dataplane_pb2.HostDataplane, in_place: InPlace
     ) -> dataplane_pb2.HostDataplaneStatus:
-        self.document = document
+        self.document = desired
+        await in_place([port.port_id for port in desired.ports])
         return dataplane_pb2.HostDataplaneStatus()
 
     async def artifacts(self) -> list[session_pb2.Artifact]:
