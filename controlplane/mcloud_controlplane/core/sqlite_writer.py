@@ -31,6 +31,7 @@ from mcloud_controlplane.core.unit import Unit
 _MOST_S = 0.01  # for which units of one transaction run before others of the loop have a turn
 _TRIES = 5  # of a unit: one that lost a race finds what the winner wrote
 _LOOK_S = 0.05  # between looks for the commits of other processes
+_CLOSE_S = 60.0  # for the loop to get to it, and for the commit that runs
 _TICK_NS = 50_000_000  # of the clock of files; it is at most 10 ms
 
 
@@ -301,7 +302,26 @@ class SqliteWriter:
         self._version = version
 
     def close(self) -> None:
-        """Finish the commit that runs, drop what waits."""
+        """Finish the commit that runs, drop what waits. Whoever calls, it is the loop that does it.
+
+        The loop uses the connection without a lock; SQLite does not survive that somebody else
+        closes it meanwhile.
+        """
+        if not self.loop.is_running() or self._is_in_loop():
+            self._close()
+        else:
+            asyncio.run_coroutine_threadsafe(self._close_in_loop(), self.loop).result(_CLOSE_S)
+
+    async def _close_in_loop(self) -> None:
+        self._close()
+
+    def _is_in_loop(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            return False
+
+    def _close(self) -> None:
         self._closed = True
         self._look_next.cancel()
         self._thread.shutdown(wait=True)

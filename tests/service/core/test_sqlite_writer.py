@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -211,6 +212,27 @@ def test_each_loop_has_a_writer(opened: Database) -> None:
     for number in range(3):
         assert asyncio.run(opened.write(note, f"t-{number}")) == f"t-{number}"
     assert opened.read_now(noted) == ["t-0", "t-1", "t-2"]
+
+
+def test_a_thread_that_closes_it_does_not_cross_the_loop(path: Path) -> None:
+    """In a process of its own: SQLite ends one in which a connection is closed while it is used."""
+    ended = subprocess.run([sys.executable, "-c", _CLOSING, path], check=False, timeout=120)
+    assert ended.returncode == 0
+
+
+_CLOSING = """
+import asyncio, sys, peewee
+from mcloud_controlplane.core import schema, sqlite_writer, tables
+sqlite_writer._LOOK_S = 0  # the loop uses the connection all the time
+proxy = peewee.DatabaseProxy()
+shared = tables.bind(proxy)
+async def main():
+    for number in range(30):
+        opened = schema.open_database("image", f"sqlite://{sys.argv[1]}", proxy, shared)
+        await opened.write(lambda: shared.lease.create(name=f"{number}", owner="", expire_time=0))
+        await asyncio.to_thread(opened.close)
+asyncio.run(main())
+"""
 
 
 async def test_what_waits_when_it_closes_is_told(opened: Database) -> None:
