@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from mcloud.common.v1 import options_pb2
@@ -62,21 +62,17 @@ class Lane:
         self._owners: dict[str, _Owner] = {}
         self._turns: deque[str] = deque()  # owners who have a call waiting, each once
 
-    @asynccontextmanager
-    async def place(self, owner: str) -> AsyncIterator[None]:
+    def place(self, owner: str) -> AbstractAsyncContextManager[None]:
         """Hold a place.
 
         Raises:
             errors.Exhausted: TOO_MANY_REQUESTS, too many of this owner's wait.
             errors.Unavailable: OVERLOADED, too many wait, or this one has waited too long.
         """
-        await self._take(owner)
-        try:
-            yield
-        finally:
-            self._leave(owner)
+        return _Place(self, owner)
 
-    async def _take(self, owner: str) -> None:
+    async def take(self, owner: str) -> None:
+        """Take a place; `leave` gives it back."""
         entry = self._owners.setdefault(owner, _Owner())
         if self._active < self._limit and entry.active < self._share:
             self._active += 1
@@ -101,7 +97,7 @@ class Lane:
                 await turn
         except (TimeoutError, asyncio.CancelledError) as error:
             if turn.done() and not turn.cancelled():
-                self._leave(owner)  # its turn came as it gave up
+                self.leave(owner)  # its turn came as it gave up
             elif turn in entry.waiting:
                 self._waiting -= 1
                 entry.waiting.remove(turn)
@@ -112,7 +108,8 @@ class Lane:
                 raise overloaded() from error
             raise
 
-    def _leave(self, owner: str) -> None:
+    def leave(self, owner: str) -> None:
+        """Give a place back."""
         self._active -= 1
         self._owners[owner].active -= 1
         self._call_next()
@@ -141,6 +138,22 @@ class Lane:
         entry = self._owners.get(owner)
         if entry is not None and not entry.active and not entry.waiting:
             del self._owners[owner]
+
+
+class _Place:
+    """A place in a lane: every call takes one, and a generator would take it four times as long."""
+
+    __slots__ = ("_lane", "_owner")
+
+    def __init__(self, lane: Lane, owner: str) -> None:
+        self._lane = lane
+        self._owner = owner
+
+    async def __aenter__(self) -> None:
+        await self._lane.take(self._owner)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lane.leave(self._owner)
 
 
 class Streams:
@@ -204,12 +217,13 @@ class Admission:
         self._open_streams = Streams(_OPEN_STREAMS, _ADDRESS_STREAMS)
         self._service_streams = Streams(10_000, 10_000)
 
-    @asynccontextmanager
-    async def place(self, caller: auth.Caller, peer: str, *, stays: bool) -> AsyncIterator[None]:
+    def place(
+        self, caller: auth.Caller, peer: Callable[[], str], *, stays: bool
+    ) -> AbstractAsyncContextManager[None]:
         """Hold a place for a call.
 
         Args:
-            peer: as gRPC names it: "ipv4:192.0.2.1:40000".
+            peer: tells it as gRPC names it: "ipv4:192.0.2.1:40000".
             stays: it is a stream, or waits for something to happen.
 
         Raises:
@@ -217,15 +231,17 @@ class Admission:
             errors.Unavailable: OVERLOADED.
         """
         if stays:
-            streams, owner = self._streams(caller, peer)
-            with streams.place(owner):
-                yield
-        else:
-            lane, owner = self._lane(caller, peer)
-            async with lane.place(owner):
-                yield
+            return self._stream(caller, peer)
+        lane, owner = self._lane(caller, peer)
+        return lane.place(owner)
 
-    def _lane(self, caller: auth.Caller, peer: str) -> tuple[Lane, str]:
+    @asynccontextmanager
+    async def _stream(self, caller: auth.Caller, peer: Callable[[], str]) -> AsyncIterator[None]:
+        streams, owner = self._streams(caller, peer)
+        with streams.place(owner):
+            yield
+
+    def _lane(self, caller: auth.Caller, peer: Callable[[], str]) -> tuple[Lane, str]:
         if caller.kind == Rule.CALLER_SERVICE:
             return self._services, caller.principal_id
         if caller.kind in (Rule.CALLER_HOST, Rule.CALLER_DELEGATE):
@@ -234,16 +250,16 @@ class Admission:
             if caller.system:
                 return self._operators, caller.principal_id
             return self._projects, caller.project_id
-        return self._anyone, address(peer)
+        return self._anyone, address(peer())
 
-    def _streams(self, caller: auth.Caller, peer: str) -> tuple[Streams, str]:
+    def _streams(self, caller: auth.Caller, peer: Callable[[], str]) -> tuple[Streams, str]:
         if caller.kind == Rule.CALLER_SERVICE:
             return self._service_streams, caller.principal_id
         if caller.kind in (Rule.CALLER_HOST, Rule.CALLER_DELEGATE):
             return self._host_streams, caller.host_id
         if caller.kind == Rule.CALLER_USER:
             return self._client_streams, caller.principal_id
-        return self._open_streams, address(peer)
+        return self._open_streams, address(peer())
 
 
 def overloaded() -> errors.Unavailable:

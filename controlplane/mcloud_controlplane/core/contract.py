@@ -100,6 +100,7 @@ def enum_name(value: int, enum: Any) -> str:
     return name.removeprefix(_enum_prefix(enum.DESCRIPTOR.name))
 
 
+@cache
 def enum_value(name: str, enum: Any) -> Any:
     """Return the value of an enum by its name without the prefix."""
     return enum.Value(_enum_prefix(enum.DESCRIPTOR.name) + name)

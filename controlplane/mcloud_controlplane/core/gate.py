@@ -6,10 +6,10 @@ Everything it enforces stands in the contract's options; a method reads as what 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -94,7 +94,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def stream(request: Any, context: auth.Context) -> AsyncIterator[Any]:
             serve = handler.stream_stream if handler.request_streaming else handler.unary_stream
             try:
-                async with self._places.place(_NOBODY, context.peer(), stays=True):
+                async with self._places.place(_NOBODY, context.peer, stays=True):
                     async for answer in self._read(serve(request, context), context, "open"):
                         yield answer
             except errors.Error as error:
@@ -120,8 +120,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                         answer = await handler.stream_unary(self._checked(request), context)
                     else:
                         answer = await handler.unary_unary(request, context)
-                if auth.call().trailing:
-                    context.set_trailing_metadata(tuple(auth.call().trailing))
+                if trailing := auth.call().trailing:
+                    context.set_trailing_metadata(tuple(trailing))
                 return answer
             except Exception as error:
                 await _refuse(context, error, path)
@@ -167,17 +167,22 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._check(request)
             yield request
 
-    @asynccontextmanager
-    async def _worked_on(self, context: auth.Context, *, stays: bool) -> AsyncIterator[None]:
+    def _worked_on(
+        self, context: auth.Context, *, stays: bool
+    ) -> AbstractAsyncContextManager[None]:
         """Hold a place for the call; end it at the default deadline if it has none.
 
         (At its own, gRPC cancels it.)
         """
-        place = self._places.place(auth.caller(), context.peer(), stays=stays)
+        place = self._places.place(auth.caller(), context.peer, stays=stays)
         if stays or context.time_remaining() is not None:
-            async with place:
-                yield
-            return
+            return place
+        return self._ended_by_default(place)
+
+    @asynccontextmanager
+    async def _ended_by_default(
+        self, place: AbstractAsyncContextManager[None]
+    ) -> AsyncIterator[None]:
         allowed_s = self._limits.default_deadline_s
         database.deadline.set(time.monotonic() + allowed_s)
         try:
@@ -205,13 +210,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metadata = dict(context.invocation_metadata() or ())
         call = auth.Call(
             method=path,
-            request_id=str(metadata.get("x-request-id") or secrets.token_hex(8))[:64],
+            request_id=str(metadata.get("x-request-id") or _request_id())[:64],
             receive_time=database.now(),
             trace_id=_trace_id(str(metadata.get("traceparent", ""))),
         )
         left = context.time_remaining()
         database.deadline.set(None if left is None else time.monotonic() + left)
-        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=call.request_id)
         call.authorize_start_time = database.now()
         caller = await self._authenticate(context, metadata, rule)
@@ -317,8 +321,14 @@ def _reader(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | No
     return read
 
 
+def _request_id() -> str:
+    return f"{random.getrandbits(64):016x}"  # noqa: S311 (for logs, and no secret)
+
+
 def _trace_id(traceparent: str) -> str:
     """Return the trace id of a W3C traceparent, if it is one."""
+    if not traceparent:
+        return ""
     parts = traceparent.split("-")
     if len(parts) == 4 and len(parts[1]) == 32 and set(parts[1]) <= set("0123456789abcdef"):
         return parts[1]

@@ -142,15 +142,24 @@ class Prepared:
         self._model = model
         self._build = build
         self._kept = statements.Kept(build)
+        self._makes: dict[str, Make] = {}  # by the statement
 
     def rows(self, *lists: Sequence[Any]) -> list[Any]:
         """Return what it finds for these values."""
         if sum(map(len, lists)) > _MOST_VALUES:  # a text for each number would be too many
             return list(self._build(*lists))
         database = self._model._meta.database
-        make = _plan(self._kept.text(database, lists).query.__dict__)
+        text = self._kept.text(database, lists)
+        make = self._makes.get(text.sql)
+        if make is None:
+            make = self._makes[text.sql] = self._made(text)
+        return list(map(make, text.cursor(database, lists).fetchall()))
+
+    @staticmethod
+    def _made(text: statements.Text) -> Make:
+        make = _plan(text.query.__dict__)
         assert make is not None, "peewee would have to read it"
-        return list(map(make, self._kept.cursor(database, *lists).fetchall()))
+        return make
 
 
 class _Rows(list[Any]):

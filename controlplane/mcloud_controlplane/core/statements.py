@@ -89,6 +89,11 @@ class Text(NamedTuple):
     parameters: list[tuple[int, Callable[[Any], Any] | None] | tuple[None, Any]]
     query: Any
 
+    def cursor(self, database: Any, lists: Sequence[Sequence[Any]]) -> Any:
+        """Run it with these values; return the driver's cursor."""
+        values = [*itertools.chain.from_iterable(lists)]
+        return database.execute_sql(self.sql, _parameters(self, values))
+
 
 class _UnknownError(Exception):
     """The walk does not know what it has come to."""
@@ -208,9 +213,7 @@ class Kept:
 
     def cursor(self, database: Any, *lists: Sequence[Any]) -> Any:
         """Run it with these values; return the driver's cursor."""
-        text = self.text(database, lists)
-        values = [*itertools.chain.from_iterable(lists)]
-        return database.execute_sql(text.sql, _parameters(text, values))
+        return self.text(database, lists).cursor(database, lists)
 
     def text(self, database: Any, lists: Sequence[Sequence[Any]]) -> Text:
         """Return its text for as many values."""

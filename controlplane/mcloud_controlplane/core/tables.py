@@ -179,6 +179,9 @@ class Lease(Model):
     expire_time = peewee.BigIntegerField()
 
 
+_EMPTY: dict[Any, Any] = {"{}": dict, "[]": list}  # most documents are
+
+
 class JsonField(peewee.TextField):
     """A small JSON document."""
 
@@ -188,6 +191,9 @@ class JsonField(peewee.TextField):
 
     def python_value(self, value: Any) -> Any:
         """Return the document."""
+        empty = _EMPTY.get(value)
+        if empty is not None:
+            return empty()
         return None if value is None else json.loads(value)
 
 
