@@ -3,7 +3,7 @@
 Random bytes, so that nothing is compressed or sparse. The upload's yardstick is `cp` and SHA-256 of
 the same file, that of the download `cp`: the client writes what it gets to a file, too.
 `image_stream_bare` is what a bare gRPC server of messages as long as the upload's reaches, beside
-the same `cp`. Nothing that was written before is still on its way to the disk.
+the same `cp`. Before each, what was written is on the disk, and the memory it will take is at hand.
 """
 
 from __future__ import annotations
@@ -69,23 +69,23 @@ async def _measure(plan: Plan, cloud: Cloud, mib: int) -> Samples:
     async with Client(cloud.plane) as client, yardsticks.bare_server(cloud.plane) as bare:
         for number in range(plan.repeats):
             image = await images.create(client, f"bench-{mib}-{number}")
-            _settle(target)
+            _settle(target, mib)
             begin = time.perf_counter()
             await images.upload(client, image.metadata.id, _chunks(source), digest)
             samples.upload.append(mib / (time.perf_counter() - begin))
-            _settle(target)
+            _settle(target, mib)
             samples.download.append(mib / await _download(client, image.metadata.id, target))
             assert target.stat().st_size == source.stat().st_size
             await _delete(client, image)
             count = (mib << 20) // images.CHUNK_BYTES
-            _settle(target)
+            _settle(target, mib)
             took = await yardsticks.stream(bare, count, images.CHUNK_BYTES, target)
             samples.bare.append(mib / took)
             for yardstick, found in (
                 (yardsticks.copy_and_digest, samples.digested),
                 (yardsticks.copy, samples.copied),
             ):
-                _settle(target)
+                _settle(target, mib)
                 found.append(mib / await asyncio.to_thread(yardstick, source, target))
     source.unlink()
     return samples
@@ -102,10 +102,18 @@ async def _download(client: Client, image_id: str, target: Path) -> float:
     return time.perf_counter() - begin
 
 
-def _settle(target: Path) -> None:
-    """Let no measurement pay for what the one before it left to be written or thrown away."""
+def _settle(target: Path, mib: int) -> None:
+    """Let no measurement pay for what the one before it left to be written or thrown away.
+
+    Nor for its memory: what a virtual machine has not used for a while its host may have taken
+    back, and the first use of it then takes several times as long. So as much is used just before.
+    """
     target.unlink(missing_ok=True)
     os.sync()
+    with target.open("wb") as file:
+        for _ in range(2 * mib):
+            file.write(bytes(1 << 20))
+    target.unlink()
 
 
 async def _delete(client: Client, image: image_pb2.Image) -> None:
