@@ -2,9 +2,9 @@
 
 A file has one writer at a time, and Python runs in one thread at a time. To hand each unit to a
 thread and back took longer than most of them run, and a commit for each waited for the disk each
-time. So the units run in the event loop's thread, one after the other, each within a savepoint, and
-what they wrote is committed together; the commit, which waits for the disk, is a thread's. What
-comes meanwhile is the next transaction.
+time. So the units run in the event loop's thread, one after the other, and what they wrote is
+committed together. The commit waits for the disk. Where that takes less than to hand it to a thread
+would, the loop does it, else a thread; what comes meanwhile is the next transaction.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _TRIES = 5  # of a unit: one that lost a race finds what the winner wrote
 _LOOK_S = 0.05  # between looks for the commits of other processes
 _CLOSE_S = 60.0  # for the loop to get to it, and for the commit that runs
 _TICK_NS = 50_000_000  # of the clock of files; it is at most 10 ms
+# For a commit; to have it done by a thread and to hear of it holds the loop up for about as long.
+_QUICK_S = 0.001
+_SLOW_TIMES = 3  # in a row, after which a thread does it (one alone may have copied the log)
+_BY_THREAD = 50  # commits, after which the loop finds out whether the disk is quick again
 
 
 @dataclass(eq=False)
@@ -99,6 +103,9 @@ class SqliteWriter:
         self._waiting: deque[_Turn] = deque()
         self._running: list[_Turn] = []  # of the transaction
         self._commits = False  # a thread uses the connection
+        self._untouched = True  # no unit of the transaction has succeeded yet
+        self._slow_times = 0
+        self._by_thread = 0  # commits that are a thread's still
         self._scheduled: asyncio.Handle | None = None
         self._locked_since: float | None = None  # when another process was first met
         self._closed = False
@@ -150,22 +157,36 @@ class SqliteWriter:
             return
         written = self._connection.total_changes
         try:
-            self._run_waiting()
-            gathered = Unit(changes=[each for turn in self._running for each in turn.unit.changes])
             with connections.used(self._opened, self._connection):
+                self._run_waiting()
+                units = [turn.unit for turn in self._running]
+                gathered = Unit(changes=[each for unit in units for each in unit.changes])
                 self._before_commit(gathered)
             waits = self._connection.total_changes > written  # for the disk
-            if not waits:
-                self._cursor.execute("COMMIT")
+            if self._connection.in_transaction:  # not all has been taken back
+                if waits and self._by_thread:
+                    self._commit_by_thread(gathered)
+                    return
+                self._commit_here(waits)
         except Exception as error:
             self._fail(error)
             return
-        if not waits:
-            self._finish(gathered)
-            return
+        self._finish(gathered)
+
+    def _commit_by_thread(self, gathered: Unit) -> None:
+        self._by_thread -= 1
         self._commits = True
         commit = self.loop.run_in_executor(self._thread, self._cursor.execute, "COMMIT")
         commit.add_done_callback(lambda done: self._after_commit(gathered, done.exception()))
+
+    def _commit_here(self, waits: bool) -> None:
+        """Commit in the loop's thread; if the disk makes it wait again and again, no more."""
+        begin = time.perf_counter()
+        self._cursor.execute("COMMIT")
+        slow = waits and time.perf_counter() - begin > _QUICK_S
+        self._slow_times = self._slow_times + 1 if slow else 0
+        if self._slow_times == _SLOW_TIMES:
+            self._slow_times, self._by_thread = 0, _BY_THREAD
 
     def _wanted(self) -> bool:
         """Drop what is no longer wanted from those that are next; tell whether any is left."""
@@ -186,7 +207,7 @@ class SqliteWriter:
     def _begun(self) -> bool:
         """Begin a transaction; or, while another process has one, come back in a moment."""
         try:
-            self._cursor.execute("BEGIN IMMEDIATE")
+            self._begin()
         except sqlite3.OperationalError as error:
             moment = self.loop.time()
             if self._locked_since is None:
@@ -208,17 +229,22 @@ class SqliteWriter:
 
     def _run_waiting(self) -> None:
         end = time.monotonic() + _MOST_S
-        with connections.used(self._opened, self._connection):
-            while self._wanted():
-                self._run(self._waiting.popleft())
-                if time.monotonic() > end:
-                    break
+        while self._wanted():
+            if not self._connection.in_transaction and not self._begun():
+                break
+            self._run(self._waiting.popleft())
+            if time.monotonic() > end:
+                break
 
     def _run(self, turn: _Turn) -> None:
+        """Run a unit within a savepoint, or if it is the first within the transaction itself."""
         self._running.append(turn)
         for attempt in range(_TRIES):
             turn.unit = Unit()
-            self._cursor.execute("SAVEPOINT unit")
+            if not self._connection.in_transaction:
+                self._begin()
+            if not self._untouched:
+                self._cursor.execute("SAVEPOINT unit")
             try:
                 turn.result = turn.context.run(turn.function, turn.unit)
             except Exception as error:
@@ -234,13 +260,22 @@ class SqliteWriter:
             if turn.unit.rollback:
                 self._take_back()
                 turn.unit = Unit()
+            elif self._untouched:
+                self._untouched = False
             else:
                 self._cursor.execute("RELEASE unit")
             return
 
+    def _begin(self) -> None:
+        self._cursor.execute("BEGIN IMMEDIATE")
+        self._untouched = True
+
     def _take_back(self) -> None:
-        self._cursor.execute("ROLLBACK TO unit")
-        self._cursor.execute("RELEASE unit")
+        if self._untouched:
+            self._cursor.execute("ROLLBACK")
+        else:
+            self._cursor.execute("ROLLBACK TO unit")
+            self._cursor.execute("RELEASE unit")
 
     def _after_commit(self, gathered: Unit, error: BaseException | None) -> None:
         self._commits = False

@@ -16,7 +16,7 @@ import peewee
 import pytest
 
 from mcloud_base import errors
-from mcloud_controlplane.core import database, schema, tables
+from mcloud_controlplane.core import database, schema, sqlite_writer, tables
 from mcloud_controlplane.core.database import Database
 
 _PROXY = peewee.DatabaseProxy()
@@ -243,3 +243,24 @@ async def test_what_waits_when_it_closes_is_told(opened: Database) -> None:
         await waiting
     with pytest.raises(errors.Unavailable):
         await opened.write(note, "b")
+
+
+@pytest.mark.parametrize("quick_s", [60.0, 0.0])
+async def test_where_commits_are_slow_a_thread_does_them(
+    opened: Database, monkeypatch: pytest.MonkeyPatch, quick_s: float
+) -> None:
+    """Alike for those who wait: what is taken back, alone or beside others, is not there."""
+    monkeypatch.setattr(sqlite_writer, "_QUICK_S", quick_s)
+
+    def unwanted(id_: str) -> str:
+        database.unit().rollback = True
+        return note(id_)
+
+    for number in range(8):
+        assert await opened.write(note, f"k-{number}") == f"k-{number}"
+        assert await opened.write(unwanted, f"u-{number}") == f"u-{number}"
+        with pytest.raises(errors.NotFound):
+            await opened.write(note, f"f-{number}", then=errors.NotFound("GONE", "it is gone"))
+        await asyncio.gather(opened.write(unwanted, "u"), opened.write(note, f"l-{number}"))
+    expected = [f"{kind}-{number}" for kind in "kl" for number in range(8)]
+    assert await opened.read(noted) == expected
