@@ -10,6 +10,7 @@ import uuid
 
 # Crockford's alphabet in lower case: no i, l, o, u. Source: https://www.crockford.com/base32.html
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]  # of ten bits
 
 # Every prefix in use. An operation's prefix names the domain that has it.
 PREFIXES = {
@@ -62,7 +63,7 @@ def new(prefix: str) -> str:
         if number <= _last:
             number = _last + 1 + secrets.randbits(32)
         _last = number
-    return prefix + "-" + "".join(_ALPHABET[number >> shift & 31] for shift in range(95, -1, -5))
+    return prefix + "-" + "".join([_PAIRS[number >> shift & 1023] for shift in range(90, -1, -10)])
 
 
 def is_id(text: str, prefix: str) -> bool:

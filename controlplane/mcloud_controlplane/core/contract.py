@@ -10,7 +10,7 @@ import hmac
 import ipaddress
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,7 +77,9 @@ def validate(message: Message) -> None:
 
 
 def masked(message: MessageT) -> MessageT:
-    """Return a copy whose secrets are masked."""
+    """Return a copy whose secrets are masked; the message itself if none of its kind has any."""
+    if not _has_secrets(message.DESCRIPTOR):
+        return message
     copy = type(message)()
     copy.CopyFrom(message)
     _mask(copy)
@@ -305,21 +307,54 @@ def _parses(parse: Callable[[str], object], text: str) -> bool:
 
 
 def _mask(message: Message) -> None:
-    for field, value in message.ListFields():
-        if field.GetOptions().Extensions[options_pb2.sensitive]:
-            message.ClearField(field.name)
-            if field.type == field.TYPE_BYTES and not field.is_repeated:
-                setattr(message, field.name, MASK.encode())
-            elif field.type == field.TYPE_STRING and not field.is_repeated:
-                setattr(message, field.name, MASK)
-        elif field.message_type is None:
+    for field, sensitive in _secret_fields(message.DESCRIPTOR):
+        name, is_repeated = field.name, field.is_repeated
+        if field.has_presence and not message.HasField(name):
             continue
-        elif field.message_type.GetOptions().map_entry:
-            if field.message_type.fields_by_name["value"].message_type is not None:
-                for item in value.values():
-                    _mask(item)
-        elif field.is_repeated:
+        value = getattr(message, name)
+        if sensitive:
+            if not value:
+                continue
+            message.ClearField(name)
+            if field.type == field.TYPE_BYTES and not is_repeated:
+                setattr(message, name, MASK.encode())
+            elif field.type == field.TYPE_STRING and not is_repeated:
+                setattr(message, name, MASK)
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                _mask(item)
+        elif is_repeated:
             for item in value:
                 _mask(item)
         else:
             _mask(value)
+
+
+@cache
+def _has_secrets(of: descriptor.Descriptor) -> bool:
+    return bool(_secret_fields(of))
+
+
+@cache
+def _secret_fields(
+    of: descriptor.Descriptor,
+) -> tuple[tuple[descriptor.FieldDescriptor, bool], ...]:
+    """Return the fields that are secret (True), or messages in which there may be some."""
+    return tuple(
+        (field, _is_sensitive(field))
+        for field in of.fields
+        if _is_sensitive(field) or _leads_to_secrets(field, frozenset({of.full_name}))
+    )
+
+
+def _leads_to_secrets(field: descriptor.FieldDescriptor, seen: frozenset[str]) -> bool:
+    """Tell whether a message of this field may have a secret, however deep; kinds may recur."""
+    inner = field.message_type
+    if inner is None or inner.full_name in seen:
+        return False
+    seen |= {inner.full_name}
+    return any(_is_sensitive(each) or _leads_to_secrets(each, seen) for each in inner.fields)
+
+
+def _is_sensitive(field: descriptor.FieldDescriptor) -> bool:
+    return bool(field.GetOptions().Extensions[options_pb2.sensitive])

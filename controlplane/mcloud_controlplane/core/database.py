@@ -30,6 +30,7 @@ import structlog
 
 from mcloud_base import errors
 from mcloud_controlplane.core import connections
+from mcloud_controlplane.core.precedence import Precedence
 from mcloud_controlplane.core.sqlite_writer import SqliteWriter
 from mcloud_controlplane.core.unit import Unit
 from mcloud_controlplane.core.wakeups import Wakeups
@@ -121,6 +122,7 @@ class Database:
         # Called within a unit with the row of an operation that is about to be written; returns the
         # row of its first step if this process goes on with it (workflow.py).
         self.offer: Callable[[Any], dict[str, Any] | None] = lambda row: None
+        self.requests = Precedence()  # over the steps of what was accepted
         # Taken by reads that nobody waits for in person (watches), so that requests pass them.
         self.background_reads = asyncio.Semaphore(max(readers - 1, 1))
         self._closed = threading.Event()

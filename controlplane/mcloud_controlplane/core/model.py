@@ -26,6 +26,17 @@ class Model(peewee.Model):
     """A table."""
 
     @classmethod
+    def fresh(cls, **values: Any) -> Self:
+        """Make a row that is not written yet, of these values and the defaults of the others.
+
+        The class itself makes a call for each of them.
+        """
+        found, meta = object.__new__(cls), cast(Any, cls)._meta
+        data = meta.get_default_dict() | values
+        found.__dict__.update(__data__=data, __rel__={}, _dirty=set(data))
+        return found
+
+    @classmethod
     def select(cls, *fields: Any) -> peewee.ModelSelect[Self]:
         """Begin a query for rows, with all fields or with these."""
         if fields:

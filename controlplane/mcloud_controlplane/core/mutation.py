@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from mcloud.common.v1 import operation_pb2
 from mcloud_base import errors, ids
-from mcloud_controlplane.core import auth, contract, database, operations, tables
+from mcloud_controlplane.core import auth, contract, database, operations, tables, trace
 from mcloud_controlplane.core.statements import Kept
 
 RUNNING = "RUNNING"
@@ -131,7 +131,8 @@ class Frame:
             errors.InvalidArgument: REQUEST_ID_REUSED, with a different request.
         """
         write = self._database.write_long if is_long else self._database.write
-        return await write(self._mutate, auth.caller(), auth.call(), request, unit)
+        with self._database.requests.accepting():
+            return await write(self._mutate, auth.caller(), auth.call(), request, unit)
 
     def _mutate(
         self,
@@ -172,11 +173,10 @@ class Frame:
             elif first["number"] not in {step["number"] for step in steps}:
                 steps.append(first)
         row.save(force_insert=True)
-        steps = [{"attempt": 1, **step, "operation_id": row.id} for step in steps]
         if steps:
-            self._tables.operation_step.insert_many(steps).execute()
+            trace.insert(self._tables, row.id, steps)
         tables.changed("operation", row.id, row.project_id, "ADDED")
-        return [self._tables.operation_step(**step) for step in steps]
+        return [self._tables.operation_step.fresh(attempt=1, **step) for step in steps]
 
     def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:
         """Record a request, first thing in its unit; return what its first time made, if earlier.
@@ -216,7 +216,7 @@ class Frame:
         if answer is not None:
             response = any_pb2.Any()
             response.Pack(answer)
-        return self._tables.operation(
+        return self._tables.operation.fresh(
             id="" if mutation.validate_only else mutation.operation_id,
             project_id=mutation._project_id or mutation.caller.project_id,
             method=mutation.call.method,

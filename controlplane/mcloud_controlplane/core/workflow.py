@@ -14,8 +14,8 @@ import asyncio
 import contextvars
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,8 +28,9 @@ from google.rpc import status_pb2
 
 from mcloud.common.v1 import operation_pb2
 from mcloud_base import errors
-from mcloud_controlplane.core import contract, database, operations, processes, tables, tracing
+from mcloud_controlplane.core import database, operations, processes, tables, trace, tracing
 from mcloud_controlplane.core.statements import Kept
+from mcloud_controlplane.core.trace import Row
 
 log = structlog.get_logger()
 
@@ -117,11 +118,35 @@ async def no_probe(workflow: str, index: int, act: str, moment: str) -> None:
     """Do nothing."""
 
 
-Row = dict[str, Any]  # of an operation's trace, but for the operation and the attempt
-
-
 class _LeaseLostError(Exception):
     """Another runner holds the operation now."""
+
+
+class _Cancellation:
+    """Whether an operation is to end early; the step that runs then has no more time."""
+
+    def __init__(self) -> None:
+        self.is_requested = False
+        self._bound: asyncio.Timeout | None = None
+
+    def request(self) -> None:
+        """End it."""
+        self.is_requested = True
+        if self._bound is not None and not self._bound.expired():
+            self._bound.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def until(self, end: float) -> AsyncIterator[None]:
+        """Bound what is done within the block.
+
+        Raises:
+            TimeoutError: it took until the end, or was to end early.
+        """
+        try:
+            async with asyncio.timeout_at(end) as self._bound:
+                yield
+        finally:
+            self._bound = None
 
 
 class Runner:
@@ -160,7 +185,7 @@ class Runner:
         self._moment = 0  # when it was last looked for work
         self._left_some = True  # for want of room, perhaps: there is more when one has ended
         self._held: dict[str, asyncio.Task[None]] = {}
-        self._cancelled: dict[str, asyncio.Event] = {}
+        self._cancelled: dict[str, _Cancellation] = {}
         self._event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None  # while it runs
         self._context = contextvars.Context()  # of the runner, not of whoever asks for work
@@ -263,7 +288,7 @@ class Runner:
             log.warning("workflow runner could not take work", reason=error.reason)
             return
         for id_ in cancelled:
-            self._cancellation(id_).set()
+            self._cancellation(id_).request()
         for row in taken:
             self._start(row)
         self._left_some = len(free) == room
@@ -277,28 +302,33 @@ class Runner:
             self._event.set()
 
     def _look(self, room: int) -> tuple[list[tuple[str, int]], list[str]]:
-        table = self._tables.operation
+        """Return what is free, (id, lease number), and which of those that are held are cancelled.
+
+        There may be hundreds of either: what is held is told by its lease, not named.
+        """
+        table: Any = self._tables.operation
         moment = database.now()
-        free = (
-            table.select(table.id, table.lease_number)
-            .where(
-                table.state.in_(_RUNNING)
-                & (table.workflow.in_(list(self.workflows)))
-                & self._is_free(moment)
-                & table.id.not_in(list(self._held))
-                & (table.not_before <= moment)
+        free: list[tuple[str, int]] = []
+        if room > 0:
+            query = (
+                table.select(table.id, table.lease_number)
+                .where(
+                    table.state.in_(_RUNNING)
+                    & (table.workflow.in_(list(self.workflows)))
+                    & self._is_free(moment)
+                    & (table.not_before <= moment)
+                )
+                .order_by(table.create_time)
+                .limit(room)
             )
-            .order_by(table.create_time)
-            .limit(max(room, 0))
-        )
-        held = list(self._held)
+            free = [row for row in query.tuples() if row[0] not in self._held]
         cancelled = table.select(table.id).where(
-            table.id.in_(held) & table.cancel_requested & (table.state == "RUNNING")
+            (table.state == "RUNNING")
+            & (table.lease_expire_time > moment)
+            & (table.lease_owner == self._owner)
+            & table.cancel_requested
         )
-        return (
-            [(row.id, row.lease_number) for row in free],
-            [row.id for row in cancelled] if held else [],
-        )
+        return free, [id_ for (id_,) in cancelled.tuples() if id_ in self._held]
 
     def _is_free(self, moment: int) -> Any:
         """Return the condition that nobody holds an operation.
@@ -384,7 +414,7 @@ class Runner:
             position = row.position
             if row.state == "RUNNING":
                 if row.cancel_requested:
-                    self._cancellation(row.id).set()
+                    self._cancellation(row.id).request()
                 if begun:
                     job.begin_step(row.create_time)
                 else:
@@ -401,14 +431,15 @@ class Runner:
             # A fault of ours must not end the runner: the lease runs out, the step is tried again.
             log.exception("operation's runner failed")
 
-    def _cancellation(self, id_: str) -> asyncio.Event:
-        return self._cancelled.setdefault(id_, asyncio.Event())
+    def _cancellation(self, id_: str) -> _Cancellation:
+        return self._cancelled.setdefault(id_, _Cancellation())
 
     async def _do_all(self, workflow: Workflow, job: Job, position: int) -> int:
-        event = self._cancellation(job.operation_id)
+        cancellation = self._cancellation(job.operation_id)
         for index, step in enumerate(workflow.steps[position:], position):
+            await self._database.requests.turn()
             try:
-                await self._attempt(workflow, index, job, event)
+                await self._attempt(workflow, index, job, cancellation)
             except errors.Error as error:
                 job.error = error
                 await self._database.write(self._fail_step, job, step, index, error)
@@ -419,7 +450,7 @@ class Runner:
         return len(workflow.steps)
 
     async def _attempt(
-        self, workflow: Workflow, index: int, job: Job, cancelled: asyncio.Event
+        self, workflow: Workflow, index: int, job: Job, cancellation: _Cancellation
     ) -> None:
         """Do a step; on UNAVAILABLE and ABORTED again, until the step's or the job's deadline."""
         step = workflow.steps[index]
@@ -430,11 +461,12 @@ class Runner:
         pause = 0.1
         while True:
             try:
-                if cancelled.is_set():
+                if cancellation.is_requested:
                     raise _cancelled_error()
                 job.units.clear()
                 await self._probe(workflow.name, index, "do", "before")
-                await _until_cancelled(step.do(job), cancelled, end)
+                async with cancellation.until(end):
+                    await step.do(job)
                 await self._probe(workflow.name, index, "do", "after")
                 return
             except (errors.Unavailable, errors.Conflict, errors.DeadlineExceeded) as error:
@@ -444,6 +476,8 @@ class Runner:
                     raise
                 log.info("step is tried again", step=step.number, reason=error.reason)
             except TimeoutError as error:
+                if cancellation.is_requested:
+                    raise _cancelled_error() from error
                 raise errors.DeadlineExceeded(
                     "STEP_OVERDUE",
                     f'"{step.name}" did not end within {limit:.0f} s',
@@ -581,9 +615,9 @@ class Runner:
 
     def _save_rows(self, job: Job, *rows: Row) -> None:
         """Write rows of steps, others' with them; of one that stands, how it began stays."""
-        every = [*rows, *map(_row_of, job.trace)]
+        every = [*rows, *map(trace.row_of, job.trace)]
         changed = ("state", "end_time", "detail")
-        _write_rows(self._tables, job.operation_id, job.attempt, every, changed)
+        trace.write(self._tables, job.operation_id, job.attempt, every, changed)
 
     def _update_row(self, job: Job, step: Step, **values: Any) -> None:
         """Change the row of a step that is being undone; what has failed is shown as that."""
@@ -604,88 +638,13 @@ class Runner:
         database.unit().after_commit.append(lambda: tracing.export(row, steps))
 
 
-def save_trace(
-    shared: tables.Tables, operation_id: str, attempt: int, steps: list[operation_pb2.OperationStep]
-) -> None:
-    """Write the rows that other services timed. Within a unit."""
-    names = ("name", "service", "host", "state", "start_time", "end_time", "detail")
-    _write_rows(shared, operation_id, attempt, [_row_of(step) for step in steps], names)
-
-
-def _row_of(step: operation_pb2.OperationStep) -> Row:
-    return {
-        "number": step.number,
-        "name": step.name,
-        "service": step.service,
-        "host": step.host,
-        "state": contract.enum_name(step.state, operation_pb2.OperationStep.State),
-        "start_time": step.start_time.ToMicroseconds(),
-        "end_time": step.end_time.ToMicroseconds() if step.HasField("end_time") else None,
-        "detail": step.detail,
-    }
-
-
-def _write_rows(
-    shared: tables.Tables,
-    operation_id: str,
-    attempt: int,
-    rows: Sequence[Row],
-    changed: tuple[str, ...],
-) -> None:
-    """Write rows of a trace, in one statement; those without a number are not shown.
-
-    Args:
-        changed: columns that are taken over by rows that stand.
-    """
-    table = shared.operation_step
-    # The last of a number counts: a statement may not meet a row twice.
-    found = {row["number"]: row for row in rows if row["number"]}
-    if not found:
-        return
-    write = _WRITES.get((table, changed)) or _WRITES.setdefault(
-        (table, changed), _writing(table, changed)
-    )
-    key = (operation_id, attempt)
-    values = [(*key, *(row[name] for name in _OF_ROW)) for row in found.values()]
-    write.run(table._meta.database, *values)
-
-
-_OF_ROW = ("number", "name", "service", "host", "state", "start_time", "end_time", "detail")
-_WRITES: dict[tuple[type, tuple[str, ...]], Kept] = {}
-
-
-def _writing(table: Any, changed: Sequence[str]) -> Kept:
-    """Return the statement that writes rows of a trace; of those that stand, these columns."""
-    fields = [getattr(table, name) for name in ("operation_id", "attempt", *_OF_ROW)]
-    return Kept(
-        lambda *rows: table.insert_many(rows, fields=fields).on_conflict(
-            conflict_target=[table.operation_id, table.number, table.attempt],
-            update={getattr(table, name): getattr(peewee.EXCLUDED, name) for name in changed},
-        )
-    )
+save_trace = trace.save
 
 
 def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
     """Do something in a loop, from another thread; not at all if it has ended."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(action)
-
-
-async def _until_cancelled(work: Awaitable[None], cancelled: asyncio.Event, end: float) -> None:
-    """Await work until the end of its time, or until the operation is cancelled."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(cancelled.wait())
-    try:
-        async with asyncio.timeout_at(end):
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _cancelled_error()
-        await task
-    finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
 
 
 def _cancelled_error() -> errors.Cancelled:

@@ -1,0 +1,75 @@
+"""Steps wait while many ask, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+from mcloud_controlplane.core import precedence
+from mcloud_controlplane.core.precedence import Precedence
+
+
+def ask(requests: Precedence, stack: ExitStack, count: int) -> None:
+    for _ in range(count):
+        stack.enter_context(requests.accepting())
+
+
+async def test_a_step_begins_at_once_while_few_ask() -> None:
+    requests = Precedence()
+    with ExitStack() as few:
+        ask(requests, few, precedence._MANY - 1)
+        async with asyncio.timeout(0):
+            await requests.turn()
+
+
+async def test_a_step_waits_until_nobody_of_many_asks() -> None:
+    requests = Precedence()
+    with ExitStack() as last:
+        with ExitStack() as many:
+            ask(requests, last, 1)
+            ask(requests, many, precedence._MANY)
+            step = asyncio.create_task(requests.turn())
+        # One is left, and others come and go.
+        for _ in range(5):
+            with requests.accepting():
+                await asyncio.sleep(0)
+        assert not step.done()
+    async with asyncio.timeout(30):
+        await step
+        await requests.turn()
+
+
+async def test_who_comes_in_between_is_one_of_them() -> None:
+    """gRPC hands over a call a turn of the loop: for a moment there may be nobody."""
+    requests = Precedence()
+    with ExitStack() as many:
+        ask(requests, many, precedence._MANY)
+    step = asyncio.create_task(requests.turn())
+    with requests.accepting():
+        await asyncio.sleep(2 * precedence._CALM_S)
+        assert not step.done()
+    async with asyncio.timeout(30):
+        await step
+
+
+async def test_what_lasts_is_no_rush() -> None:
+    requests = Precedence()
+    with ExitStack() as many:
+        ask(requests, many, precedence._MANY)
+        async with asyncio.timeout(30):
+            await requests.turn()  # while they ask
+            await requests.turn()
+    async with asyncio.timeout(30):
+        await requests.turn()
+
+
+async def test_rushes_follow_each_other() -> None:
+    requests = Precedence()
+    for _ in range(3):
+        with ExitStack() as many:
+            ask(requests, many, precedence._MANY)
+            step = asyncio.create_task(requests.turn())
+            await asyncio.sleep(0)
+            assert not step.done()
+        async with asyncio.timeout(30):
+            await step
