@@ -2,19 +2,20 @@
 
 To accept a request takes milliseconds, to do what it asks for ten times as long and more. If both
 had their turns alike, each of many who ask at once would wait for the work of those before. So
-while many ask, no step of an operation begins; but not for long: where many always ask, that is the
-load, and no rush.
+while many ask, steps of operations begin one after the other, with a pause, and not as they come:
+they go on, whoever asks for however long, and take an eighth of the time at most.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _MANY = 4  # who ask at once
 _CALM_S = 0.01  # without anybody who asks: gRPC hands over a call a turn of the event loop
-_LONGEST_S = 2.0
+_STEP_S = 0.05  # between the beginnings of two steps, while many ask
 
 
 class Precedence:
@@ -22,7 +23,8 @@ class Precedence:
 
     def __init__(self) -> None:
         self._count = 0
-        self._rush: asyncio.Event | None = None  # set at its end; none: there is none
+        self._waiting: deque[asyncio.Future[None]] = deque()  # steps
+        self._pacing: asyncio.TimerHandle | None = None  # while many ask
         self._calm: asyncio.TimerHandle | None = None
 
     @contextmanager
@@ -32,22 +34,35 @@ class Precedence:
         if self._calm is not None:
             self._calm.cancel()
             self._calm = None
-        if self._count >= _MANY and self._rush is None:
-            self._rush = asyncio.Event()
-            asyncio.get_running_loop().call_later(_LONGEST_S, self._rush.set)
+        if self._count >= _MANY and self._pacing is None:
+            self._pacing = asyncio.get_running_loop().call_later(_STEP_S, self._begin_next)
         try:
             yield
         finally:
             self._count -= 1
-            if self._rush is not None and not self._count:
-                self._calm = asyncio.get_running_loop().call_later(_CALM_S, self._end)
-
-    def _end(self) -> None:
-        assert self._rush is not None
-        self._rush.set()
-        self._rush = self._calm = None
+            if self._pacing is not None and not self._count:
+                self._calm = asyncio.get_running_loop().call_later(_CALM_S, self._begin_all)
 
     async def turn(self) -> None:
         """Return when a step of an operation may begin."""
-        if self._rush is not None:
-            await self._rush.wait()
+        if self._pacing is not None:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+
+    def _begin_next(self) -> None:
+        self._pacing = asyncio.get_running_loop().call_later(_STEP_S, self._begin_next)
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # else its runner has ended
+                turn.set_result(None)
+                break
+
+    def _begin_all(self) -> None:
+        assert self._pacing is not None
+        self._pacing.cancel()
+        self._pacing = self._calm = None
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)

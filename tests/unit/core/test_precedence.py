@@ -52,15 +52,25 @@ async def test_who_comes_in_between_is_one_of_them() -> None:
         await step
 
 
-async def test_what_lasts_is_no_rush() -> None:
+async def test_steps_go_on_one_by_one_however_long_many_ask() -> None:
     requests = Precedence()
+    begun: list[int] = []
+
+    async def step(number: int) -> None:
+        await requests.turn()
+        begun.append(number)
+
     with ExitStack() as many:
         ask(requests, many, precedence._MANY)
+        steps = [asyncio.create_task(step(number)) for number in range(4)]
+        await asyncio.sleep(0)
+        steps[1].cancel()
         async with asyncio.timeout(30):
-            await requests.turn()  # while they ask
-            await requests.turn()
+            await asyncio.wait(steps[:3])
+        assert begun == [0, 2]
+        assert not steps[3].done()
     async with asyncio.timeout(30):
-        await requests.turn()
+        await steps[3]
 
 
 async def test_rushes_follow_each_other() -> None:
