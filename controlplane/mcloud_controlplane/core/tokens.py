@@ -9,6 +9,7 @@ ones may still read.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -114,7 +115,7 @@ class TokenChecker:
 
     async def _verify(self, token: str) -> dict[str, Any]:
         try:
-            key_id = str(jwt.get_unverified_header(token).get("kid", ""))
+            key_id = _key_id(token.partition(".")[0])
             if key_id not in self._keys:
                 await self._await_keys()
             if key_id not in self._keys:
@@ -194,6 +195,16 @@ class TokenChecker:
                     "identity cannot be reached, so nothing can be changed now; try again soon",
                     details=(errors.retry_after(2),),
                 ) from error
+
+
+@functools.lru_cache(maxsize=64)  # keys are few, and strangers may send any
+def _key_id(header: str) -> str:
+    """Return which key signed the tokens that begin with this; all of a key's do.
+
+    Raises:
+        jwt.InvalidTokenError: it is no header of a token.
+    """
+    return str(jwt.get_unverified_header(f"{header}..").get("kid", ""))
 
 
 def check_time(claims: dict[str, Any]) -> None:
