@@ -123,6 +123,10 @@ class SqliteWriter:
         self._connection = connections.another(self._opened)
         self._cursor = self._connection.cursor()
         self._cursor.execute("PRAGMA busy_timeout = 0")  # nothing waits in this thread
+        # Else what a unit of more than 16 pages would take back goes to a file, which is made anew
+        # each time.
+        # Source: https://www.sqlite.org/tempfiles.html#statement_journal_files
+        self._cursor.execute("PRAGMA temp_store = MEMORY")
 
     @property
     def waiting(self) -> int:
