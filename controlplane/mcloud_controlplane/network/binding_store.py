@@ -6,11 +6,26 @@ port and domain. Both are retired when they end, so that what comes late can cha
 
 from __future__ import annotations
 
-from mcloud.network.v1 import port_pb2, port_service_pb2
+from collections.abc import Sequence
+from typing import Any
+
+import peewee
+
+from mcloud.network.v1 import dataplane_pb2, port_pb2, port_service_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import auth, database, effects, tables
+from mcloud_controlplane.core.model import Prepared
+from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.network import dataplane_document, dataplane_store, port_store
-from mcloud_controlplane.network.model import Port, shared
+from mcloud_controlplane.network.model import (
+    Address,
+    HostDataplane,
+    Network,
+    Port,
+    Subnet,
+    shared,
+)
+from mcloud_controlplane.network.model import database as opened
 
 _PAGE = 1000
 
@@ -34,7 +49,7 @@ def ensure(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
     if not row.owner_id:
         row.owner_type, row.owner_id = "instance", request.instance_id
         row.hostname = request.hostname
-        _save(row)
+        _save(row, _OWNER)
     return port_store.message(row)
 
 
@@ -74,11 +89,8 @@ def bind(
     row = port_store.find_locked(request.port_id)
     if row is None and not _retired(request.port_id):
         raise port_store.not_found(request.port_id)
-    if (
-        row is None
-        or row.owner_type != "instance"
-        or _retired(_use(request.port_id, request.domain_id))
-    ):
+    around = [] if row is None else _around(row, request.domain_id, caller.host_id)
+    if row is None or row.owner_type != "instance" or around[0][_RETIRED]:
         raise errors.WrongState(
             "ID_RETIRED",
             f"port {request.port_id} is no longer reserved for domain {request.domain_id}",
@@ -95,13 +107,54 @@ def bind(
     if not row.host_id:
         row.host_id, row.domain_id = wanted
         row.state = "BUILD"
+        if around[0][_KNOWN] is None:  # it has not said hello yet
+            dataplane_store.bump([row.host_id])
         dataplane_store.lock_around(row)
-        generations = dataplane_store.bump(dataplane_store.hosts_of_port(row))
-        row.bound_generation = generations[row.host_id]
-        _save(row)
+        dataplane_store.bump_around(row)
+        _save_bound(row)
+    return _answer(row, around)
+
+
+def _around(row: Port, domain_id: str, host_id: str) -> list[Any]:
+    """Return what is around a port, in one statement: a row for each subnet and each address."""
+    return _AROUND.rows([row.network_id], [row.id], [_use(row.id, domain_id)], [host_id])
+
+
+_AROUND = Prepared(
+    Network,
+    lambda network_ids, port_ids, uses, host_ids: (
+        Network.select(
+            *dataplane_document.SEGMENT,
+            Address.number,
+            Address.subnet_id,
+            Address.ip_address,
+            Address.prefix_len,
+            shared.effect.retired,
+            HostDataplane.host_id,
+        )
+        .join(Subnet, peewee.JOIN.LEFT_OUTER, on=(Subnet.network_id == Network.id))
+        .join(Address, peewee.JOIN.LEFT_OUTER, on=(Address.port_id == port_ids[0]))
+        .join(shared.effect, peewee.JOIN.LEFT_OUTER, on=(shared.effect.id == uses[0]))
+        .join(HostDataplane, peewee.JOIN.LEFT_OUTER, on=(HostDataplane.host_id == host_ids[0]))
+        .where(Network.id == network_ids[0])
+        .order_by(Subnet.id, Address.number)
+        .tuples()
+    ),
+)
+_RETIRED, _KNOWN = -2, -1
+
+
+def _answer(row: Port, around: Sequence[Any]) -> port_service_pb2.BindPortResponse:
+    """Return what a host is told at once; what changes with others' ports is in its dataplane."""
+    addresses = {}
+    for *_, number, subnet_id, ip_address, prefix_len, _, _ in around:
+        if number is not None:
+            addresses[number] = dataplane_pb2.FixedIp(
+                subnet_id=subnet_id, ip_address=ip_address, prefix_len=prefix_len
+            )
     return port_service_pb2.BindPortResponse(
-        binding=dataplane_document.bindings([row])[0],
-        network=dataplane_document.segment(row.network_id),
+        binding=dataplane_document.binding(row, addresses.values()),
+        network=dataplane_document.segments(around)[row.network_id],
         dataplane_generation=row.bound_generation,
     )
 
@@ -114,12 +167,11 @@ def unbind(request: port_service_pb2.UnbindPortRequest) -> port_pb2.Port:
         raise port_store.not_found(request.port_id)
     if row.domain_id == request.domain_id:
         dataplane_store.lock_around(row)
-        concerned = dataplane_store.hosts_of_port(row)
+        dataplane_store.bump_around(row)
         row.host_id = row.domain_id = ""
         row.state = "DOWN"
         row.bound_generation = 0
-        _save(row)
-        dataplane_store.bump(concerned)
+        _save(row, _BINDING)
     return port_store.message(row)
 
 
@@ -143,7 +195,7 @@ def release(request: port_service_pb2.ReleasePortRequest) -> port_service_pb2.Re
         dataplane_store.bump(port_store.remove(row))
     else:
         row.owner_type = row.owner_id = row.hostname = ""
-        _save(row)
+        _save(row, _OWNER)
     return port_service_pb2.ReleasePortResponse()
 
 
@@ -165,8 +217,45 @@ def _retired(key: str) -> bool:
     return row is not None and bool(row.retired)
 
 
-def _save(row: Port) -> None:
+def _save(row: Port, columns: tuple[str, ...]) -> None:
+    """Write what has changed of a port."""
+    _SAVES[columns].run(opened, _values(row, columns), [row.id])
+    tables.changed("port", row.id, row.project_id)
+
+
+def _save_bound(row: Port) -> None:
+    """Write a port's binding; the generation that its host is to have now has it."""
+    ((row.bound_generation,),) = _BOUND.run(opened, _values(row, _PLACE), [row.id], [row.host_id])
+    tables.changed("port", row.id, row.project_id)
+
+
+def _values(row: Port, columns: tuple[str, ...]) -> list[Any]:
     row.version += 1
     row.update_time = database.now()
-    row.save()
-    tables.changed("port", row.id, row.project_id)
+    return [getattr(row, name) for name in (*columns, *_STAMPS)]
+
+
+def _update(values: Sequence[Any], columns: tuple[str, ...], **more: Any) -> Any:
+    return Port.update(**dict(zip((*columns, *_STAMPS), values, strict=True)), **more)
+
+
+_STAMPS = ("version", "update_time")
+_OWNER = ("owner_type", "owner_id", "hostname")
+_PLACE = ("state", "host_id", "domain_id")
+_BINDING = (*_PLACE, "bound_generation")
+
+
+def _saving(columns: tuple[str, ...]) -> Kept:
+    return Kept(lambda values, ids: _update(values, columns).where(Port.id == ids[0]))
+
+
+def _binding(values: Sequence[Any], ids: Sequence[Any], host_ids: Sequence[Any]) -> Any:
+    generation = HostDataplane.select(HostDataplane.generation).where(
+        HostDataplane.host_id == host_ids[0]
+    )
+    query = _update(values, _PLACE, bound_generation=generation)
+    return query.where(Port.id == ids[0]).returning(Port.bound_generation)
+
+
+_SAVES: dict[tuple[str, ...], Kept] = {each: _saving(each) for each in (_OWNER, _BINDING)}
+_BOUND = Kept(_binding)

@@ -1,14 +1,24 @@
-"""Hosts' dataplanes, computed from rows: whole, in as many statements for all hosts as for one."""
+"""Hosts' dataplanes, computed from rows: whole, in as many statements for all hosts as for one.
+
+Most of a document is what other hosts are told too: who else is on a network, who is in a group. It
+is serialized once for all of them, and documents are put together of such parts: a message's bytes
+are those of its fields, one after the other.
+Source: https://protobuf.dev/programming-guides/encoding/.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import peewee
 
 from mcloud.network.v1 import dataplane_pb2, subnet_pb2
 from mcloud_controlplane.core import contract
 from mcloud_controlplane.core.model import Prepared
-from mcloud_controlplane.network import address_store
+from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.network.model import (
     Address,
     FloatingIp,
@@ -20,45 +30,184 @@ from mcloud_controlplane.network.model import (
     SecurityGroupRule,
     Subnet,
 )
+from mcloud_controlplane.network.model import database as opened
 
 _DEVICE_LETTERS = 11  # of the port's id; with "tap" they fill an interface's name but one
+_REMOTE_PORTS = 10_000  # that are remembered serialized
+
+# What a segment is made of, in the order in which `segments` takes it.
+SEGMENT = (
+    Network.id,
+    Network.vni,
+    Network.mtu,
+    Network.physical_network,
+    Subnet.id,
+    Subnet.cidr,
+    Subnet.gateway_ip,
+    Subnet.service_ip,
+    Subnet.dhcp_enabled,
+    Subnet.spec,
+)
 
 
-def documents(host_ids: Sequence[str]) -> dict[str, dataplane_pb2.HostDataplane]:
-    """Return all that hosts are to have: the whole truth about mcloud's own on each."""
-    ports = list(Port.select().where(Port.host_id.in_(list(host_ids))).order_by(Port.id))
-    guests = [port for port in ports if port.owner_type != "router"]
-    legs = [port for port in ports if port.owner_type == "router"]
-    networks, subnets = _networks(sorted({port.network_id for port in ports}))
-    elsewhere = _remote_ports([row.id for row in networks if not row.external])
-    bound: dict[str, list[dataplane_pb2.PortBinding]] = {}
-    for port, binding in zip(guests, bindings(guests), strict=True):
-        bound.setdefault(port.host_id, []).append(binding)
+class Document(NamedTuple):
+    """A host's dataplane.
+
+    Args:
+        content: a HostDataplane, serialized.
+    """
+
+    generation: int
+    content: bytes
+
+
+@dataclass
+class _Port:
+    """A port on a host."""
+
+    id: str
+    network_id: str
+    host_id: str
+    mac: str
+    owner_type: str
+    owner_id: str
+    hostname: str
+    port_security_enabled: bool
+    domain_id: str
+    addresses: dict[int, dataplane_pb2.FixedIp] = field(default_factory=dict)  # by number
+    groups: set[str] = field(default_factory=set)
+
+
+def documents(host_ids: Sequence[str], *, behind: bool = False) -> dict[str, Document]:
+    """Return all that hosts are to have: the whole truth about mcloud's own on each.
+
+    Args:
+        behind: of those only that have not reached their generation.
+    """
+    # With the generations: what is read after them may be newer, never older.
+    rows = (_BEHIND if behind else _HERE).run(opened, host_ids)
+    generations = {row[0]: row[1] for row in rows}
+    carriers = sorted({row[0] for row in rows if row[2]})
+    ports = _ports(rows)
+    network_ids = sorted({port.network_id for port in ports})
+    networks = segments(_SEGMENTS.rows(network_ids)) if network_ids else {}
+    elsewhere = _elsewhere([id_ for id_, each in networks.items() if not each.physical_network])
+    serialized = {id_: each.SerializeToString() for id_, each in networks.items()}
+    rules = _rules({frozenset(port.groups) for port in ports if port.port_security_enabled})
+    routers = _routers(carriers, [p for p in ports if p.owner_type == "router"], networks)
     here: dict[str, set[str]] = {}
+    bound: dict[str, list[bytes]] = {}
     for port in ports:
         here.setdefault(port.host_id, set()).add(port.network_id)
-    routers = _routers(host_ids, legs, networks, subnets)
+        if port.owner_type != "router":
+            allowed = rules[frozenset(port.groups)] if port.port_security_enabled else b""
+            bound.setdefault(port.host_id, []).append(
+                binding(port, port.addresses.values()).SerializeToString() + allowed
+            )
     return {
-        host_id: dataplane_pb2.HostDataplane(
-            networks=_segments(
-                [row for row in networks if row.id in here.get(host_id, ())],
-                subnets,
-                {
-                    network_id: [port for where, port in elsewhere[network_id] if where != host_id]
-                    for network_id in here.get(host_id, ())
-                    if network_id in elsewhere
-                },
-            ),
-            ports=bound.get(host_id, []),
-            routers=routers.get(host_id, []),
+        host_id: Document(
+            generation,
+            _field(
+                "networks",
+                [
+                    b"".join(
+                        [
+                            content,
+                            *[
+                                part
+                                for where, part in elsewhere.get(network_id, {}).items()
+                                if where != host_id
+                            ],
+                        ]
+                    )
+                    for network_id, content in serialized.items()
+                    if network_id in here.get(host_id, ())
+                ],
+            )
+            + _field("ports", bound.get(host_id, ()))
+            + _field("routers", routers.get(host_id, ())),
         )
-        for host_id in host_ids
+        for host_id, generation in generations.items()
     }
 
 
-def segment(network_id: str) -> dataplane_pb2.NetworkSegment:
-    """Return one network as it is on every host, without its ports elsewhere."""
-    return _segments(*_networks([network_id]), {})[0]
+def _here(host_ids: Sequence[Any]) -> Any:
+    """Return the query for hosts, their generations, whether they carry routers, their ports."""
+    routers = Router.select(Router.id).where(Router.host_id == HostDataplane.host_id)
+    return (
+        HostDataplane.select(
+            HostDataplane.host_id,
+            HostDataplane.generation,
+            peewee.fn.EXISTS(routers),
+            Address.number,
+            Address.subnet_id,
+            Address.ip_address,
+            Address.prefix_len,
+            PortGroup.security_group_id,
+            Port.id,
+            Port.network_id,
+            Port.host_id,
+            Port.mac,
+            Port.owner_type,
+            Port.owner_id,
+            Port.hostname,
+            Port.port_security_enabled,
+            Port.domain_id,
+        )
+        .join(Port, peewee.JOIN.LEFT_OUTER, on=(Port.host_id == HostDataplane.host_id))
+        .join(Address, peewee.JOIN.LEFT_OUTER, on=(Address.port_id == Port.id))
+        .join(PortGroup, peewee.JOIN.LEFT_OUTER, on=(PortGroup.port_id == Port.id))
+        .where(HostDataplane.host_id.in_(host_ids))
+        .order_by(Port.id, Address.number)
+    )
+
+
+_HERE = Kept(_here)
+_BEHIND = Kept(
+    lambda host_ids: _here(host_ids).where(
+        HostDataplane.observed_generation < HostDataplane.generation
+    )
+)
+
+
+def _ports(rows: Iterable[Sequence[Any]]) -> list[_Port]:
+    """Return the ports of `_here`, which has a row for each address in each group."""
+    found: dict[str, _Port] = {}
+    for _, _, _, number, subnet_id, ip_address, prefix_len, group_id, id_, *columns in rows:
+        if id_ is None:
+            continue
+        port = found.get(id_)
+        if port is None:
+            port = found[id_] = _Port(id_, *columns)
+        if number is not None and number not in port.addresses:
+            port.addresses[number] = dataplane_pb2.FixedIp(
+                subnet_id=subnet_id, ip_address=ip_address, prefix_len=prefix_len
+            )
+        if group_id is not None:
+            port.groups.add(group_id)
+    return list(found.values())
+
+
+def _field(name: str, contents: Iterable[bytes]) -> bytes:
+    """Return messages, serialized, as a field of HostDataplane."""
+    tag = _TAGS[name]
+    return b"".join([part for each in contents for part in (tag, _varint(len(each)), each)])
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
+
+
+_LENGTH_DELIMITED = 2
+_TAGS = {
+    each.name: _varint(each.number << 3 | _LENGTH_DELIMITED)
+    for each in dataplane_pb2.HostDataplane.DESCRIPTOR.fields
+}
 
 
 def device_name(port_id: str) -> str:
@@ -74,49 +223,52 @@ def service_mac(vni: int) -> str:
     return "06:6d:63:" + ":".join(f"{octet:02x}" for octet in vni.to_bytes(3, "big"))
 
 
-def _networks(network_ids: Sequence[str]) -> tuple[list[Network], dict[str, list[Subnet]]]:
-    subnets: dict[str, list[Subnet]] = {id_: [] for id_ in network_ids}
-    networks = _NETWORKS.rows(network_ids)
-    for subnet in _SUBNETS.rows(network_ids):
-        subnets[subnet.network_id].append(subnet)
-    return networks, subnets
+def segments(rows: Iterable[Sequence[Any]]) -> dict[str, dataplane_pb2.NetworkSegment]:
+    """Return networks as they are on every host, without their ports elsewhere; by id.
+
+    Args:
+        rows: SEGMENT, of each subnet; in the order of both. What follows is no matter.
+    """
+    found: dict[str, dataplane_pb2.NetworkSegment] = {}
+    last = ""
+    for id_, vni, mtu, physical_network, subnet_id, *columns in rows:
+        segment = found.get(id_)
+        if segment is None:
+            segment = found[id_] = dataplane_pb2.NetworkSegment(
+                network_id=id_,
+                vni=vni,
+                mtu=mtu,
+                service_mac=service_mac(vni),
+                physical_network=physical_network,
+            )
+        if subnet_id is not None and subnet_id != last:
+            segment.subnets.append(_subnet(subnet_id, *columns[:5]))
+            last = subnet_id
+    return found
 
 
-_NETWORKS = Prepared(
-    Network, lambda ids: Network.select().where(Network.id.in_(ids)).order_by(Network.id)
+_SEGMENTS = Prepared(
+    Network,
+    lambda ids: (
+        Network.select(*SEGMENT)
+        .join(Subnet, peewee.JOIN.LEFT_OUTER, on=(Subnet.network_id == Network.id))
+        .where(Network.id.in_(ids))
+        .order_by(Network.id, Subnet.id)
+        .tuples()
+    ),
 )
-_SUBNETS = Prepared(
-    Subnet, lambda ids: Subnet.select().where(Subnet.network_id.in_(ids)).order_by(Subnet.id)
-)
 
 
-def _segments(
-    networks: Sequence[Network],
-    subnets: dict[str, list[Subnet]],
-    elsewhere: Mapping[str, Sequence[dataplane_pb2.RemotePort]],
-) -> list[dataplane_pb2.NetworkSegment]:
-    return [
-        dataplane_pb2.NetworkSegment(
-            network_id=row.id,
-            vni=row.vni,
-            mtu=row.mtu,
-            subnets=[_subnet(subnet) for subnet in subnets[row.id]],
-            service_mac=service_mac(row.vni),
-            remote_ports=elsewhere.get(row.id, []),
-            physical_network=row.physical_network,
-        )
-        for row in networks
-    ]
-
-
-def _subnet(row: Subnet) -> dataplane_pb2.SubnetBinding:
-    spec = subnet_pb2.SubnetSpec.FromString(bytes(row.spec))
+def _subnet(
+    id_: str, cidr: str, gateway_ip: str, service_ip: str, dhcp_enabled: bool, written: Any
+) -> dataplane_pb2.SubnetBinding:
+    spec = subnet_pb2.SubnetSpec.FromString(bytes(written))
     return dataplane_pb2.SubnetBinding(
-        subnet_id=row.id,
-        cidr=row.cidr,
-        gateway_ip=row.gateway_ip,
-        service_ip=row.service_ip,
-        dhcp_enabled=row.dhcp_enabled,
+        subnet_id=id_,
+        cidr=cidr,
+        gateway_ip=gateway_ip,
+        service_ip=service_ip,
+        dhcp_enabled=dhcp_enabled,
         dns_servers=spec.dns_servers,
         host_routes=[
             dataplane_pb2.HostRoute(
@@ -127,43 +279,52 @@ def _subnet(row: Subnet) -> dataplane_pb2.SubnetBinding:
     )
 
 
-def _remote_ports(
-    network_ids: Sequence[str],
-) -> dict[str, list[tuple[str, dataplane_pb2.RemotePort]]]:
-    """Return the ports on networks as others see them, each with its host."""
-    query: Any = (
-        Port.select(Port.network_id, Port.host_id, Port.mac, HostDataplane.underlay_ip)
+def _elsewhere(network_ids: Sequence[str]) -> dict[str, dict[str, bytes]]:
+    """Return the ports on networks as other hosts see them: by network and host, serialized."""
+    parts: dict[str, dict[str, list[bytes]]] = {}
+    rows = _REMOTE.rows(network_ids) if network_ids else []
+    for network_id, host_id, underlay_ip, mac in sorted(rows):
+        own = parts.setdefault(network_id, {}).setdefault(host_id, [])
+        own.append(_remote_port(mac, underlay_ip))
+    return {
+        network_id: {host_id: b"".join(some) for host_id, some in hosts.items()}
+        for network_id, hosts in parts.items()
+    }
+
+
+_REMOTE = Prepared(
+    Port,
+    lambda network_ids: (
+        Port.select(Port.network_id, Port.host_id, HostDataplane.underlay_ip, Port.mac)
         .join(HostDataplane, on=(HostDataplane.host_id == Port.host_id))
         .where(Port.network_id.in_(network_ids) & (HostDataplane.underlay_ip != ""))
-        .order_by(Port.mac)
         .tuples()
+    ),
+)
+
+
+@functools.lru_cache(_REMOTE_PORTS)
+def _remote_port(mac: str, underlay_ip: str) -> bytes:
+    """Return a port as other hosts see it: a part of a serialized NetworkSegment."""
+    port = dataplane_pb2.RemotePort(mac=mac, underlay_ip=underlay_ip)
+    return dataplane_pb2.NetworkSegment(remote_ports=[port]).SerializeToString()
+
+
+def binding(
+    port: Port | _Port, addresses: Iterable[dataplane_pb2.FixedIp]
+) -> dataplane_pb2.PortBinding:
+    """Return a guest's port as its host is to have it, without its rules."""
+    return dataplane_pb2.PortBinding(
+        port_id=port.id,
+        network_id=port.network_id,
+        instance_id=port.owner_id,
+        domain_id=port.domain_id,
+        mac=port.mac,
+        fixed_ips=addresses,
+        hostname=port.hostname,
+        port_security_enabled=bool(port.port_security_enabled),
+        device_name=device_name(port.id),
     )
-    found: dict[str, list[tuple[str, dataplane_pb2.RemotePort]]] = {}
-    for network_id, host_id, mac, underlay_ip in query:
-        port = dataplane_pb2.RemotePort(mac=mac, underlay_ip=underlay_ip)
-        found.setdefault(network_id, []).append((host_id, port))
-    return found
-
-
-def bindings(ports: Sequence[Port]) -> list[dataplane_pb2.PortBinding]:
-    """Return guests' ports as their host is to have them, in four statements."""
-    addresses = address_store.of_ports([port.id for port in ports])
-    rules = _rules([port.id for port in ports if port.port_security_enabled])
-    return [
-        dataplane_pb2.PortBinding(
-            port_id=port.id,
-            network_id=port.network_id,
-            instance_id=port.owner_id,
-            domain_id=port.domain_id,
-            mac=port.mac,
-            fixed_ips=[fixed_ip(address) for address in addresses[port.id]],
-            hostname=port.hostname,
-            port_security_enabled=port.port_security_enabled,
-            rules=rules.get(port.id, []),
-            device_name=device_name(port.id),
-        )
-        for port in ports
-    ]
 
 
 def fixed_ip(row: Address) -> dataplane_pb2.FixedIp:
@@ -173,43 +334,39 @@ def fixed_ip(row: Address) -> dataplane_pb2.FixedIp:
     )
 
 
-def _rules(port_ids: Sequence[str]) -> dict[str, list[dataplane_pb2.EffectiveRule]]:
-    """Return what the groups of ports allow, each rule once a port.
-
-    Most ports are in the same groups: what these allow is put together once.
-    """
-    groups: dict[str, list[str]] = {}
-    for port_id, group_id in _GROUPS.rows(port_ids):
-        groups.setdefault(port_id, []).append(group_id)
-    sets = {port_id: frozenset(found) for port_id, found in groups.items()}
-    rows = _RULES.rows(sorted(frozenset().union(*sets.values())))
+def _rules(sets: Collection[frozenset[str]]) -> dict[frozenset[str], bytes]:
+    """Return what each of these sets of groups allows: a part of a serialized PortBinding."""
+    groups = sorted(frozenset().union(*sets))
+    rows = _RULES.rows(groups) if groups else []
     members = _members(sorted({row.remote_group_id for row in rows if row.remote_group_id}))
     rules = [
         (row, _rule(row, members.get((row.remote_group_id, row.ip_version), []))) for row in rows
     ]
-    allowed: dict[frozenset[str], list[dataplane_pb2.EffectiveRule]] = {}
-    for own in set(sets.values()):
+    allowed: dict[frozenset[str], bytes] = {}
+    for own in sets:
         # Two groups of a port may allow the same.
         found: dict[str, dataplane_pb2.EffectiveRule] = {}
         for row, rule in rules:
             if row.security_group_id in own:
                 found.setdefault(row.digest, rule)
-        allowed[own] = list(found.values())
-    return {port_id: allowed[own] for port_id, own in sets.items()}
+        allowed[own] = dataplane_pb2.PortBinding(rules=found.values()).SerializeToString()
+    return allowed
 
 
-_GROUPS = Prepared(
-    PortGroup,
-    lambda port_ids: (
-        PortGroup.select(PortGroup.port_id, PortGroup.security_group_id)
-        .where(PortGroup.port_id.in_(port_ids))
-        .tuples()
-    ),
-)
 _RULES = Prepared(
     SecurityGroupRule,
     lambda group_ids: (
-        SecurityGroupRule.select()
+        SecurityGroupRule.select(
+            SecurityGroupRule.security_group_id,
+            SecurityGroupRule.direction,
+            SecurityGroupRule.ip_version,
+            SecurityGroupRule.protocol,
+            SecurityGroupRule.port_min,
+            SecurityGroupRule.port_max,
+            SecurityGroupRule.remote_cidr,
+            SecurityGroupRule.remote_group_id,
+            SecurityGroupRule.digest,
+        )
         .where(SecurityGroupRule.security_group_id.in_(group_ids))
         .order_by(SecurityGroupRule.digest, SecurityGroupRule.id)
     ),
@@ -234,6 +391,8 @@ def _rule(row: SecurityGroupRule, members: Sequence[str]) -> dataplane_pb2.Effec
 def _members(group_ids: Sequence[str]) -> dict[tuple[str, int], list[str]]:
     """Return the addresses of each group's ports that are on some host, by IP version."""
     found: dict[tuple[str, int], list[str]] = {}
+    if not group_ids:
+        return found
     for group_id, version, address in _MEMBERS.rows(group_ids):
         length = 32 if version == 4 else 128
         found.setdefault((group_id, version), []).append(f"{address}/{length}")
@@ -255,15 +414,13 @@ _MEMBERS = Prepared(
 
 def _routers(
     host_ids: Sequence[str],
-    legs: Sequence[Port],
-    networks: Sequence[Network],
-    subnets: dict[str, list[Subnet]],
-) -> dict[str, list[dataplane_pb2.RouterBinding]]:
-    """Return the routers that hosts carry, by host."""
-    rows = list(Router.select().where(Router.host_id.in_(list(host_ids))).order_by(Router.id))
-    if not rows:
+    legs: Sequence[_Port],
+    networks: Mapping[str, dataplane_pb2.NetworkSegment],
+) -> dict[str, list[bytes]]:
+    """Return the routers that hosts carry: by host, serialized."""
+    if not host_ids:
         return {}
-    addresses = address_store.of_ports([port.id for port in legs])
+    rows = list(Router.select().where(Router.host_id.in_(list(host_ids))).order_by(Router.id))
     floating: dict[str, list[dataplane_pb2.FloatingIpBinding]] = {row.id: [] for row in rows}
     query = FloatingIp.select().where(FloatingIp.router_id.in_(list(floating)))
     for address in query.order_by(FloatingIp.id):
@@ -274,8 +431,7 @@ def _routers(
                 fixed_ip_address=address.fixed_ip_address,
             )
         )
-    by_id = {row.id: row for row in networks}
-    found: dict[str, list[dataplane_pb2.RouterBinding]] = {}
+    found: dict[str, list[bytes]] = {}
     for row in rows:
         own = [port for port in legs if port.owner_id == row.id and port.host_id == row.host_id]
         router = dataplane_pb2.RouterBinding(
@@ -290,25 +446,24 @@ def _routers(
                 )
                 for port in own
                 if port.id != row.gateway_port_id
-                for address in addresses[port.id]
+                for address in port.addresses.values()
             ],
             floating_ips=floating[row.id],
         )
         for port in own:
             # What is deleted while this reads has a newer generation already.
-            network = by_id.get(port.network_id)
-            if port.id == row.gateway_port_id and network and addresses[port.id]:
-                router.gateway.CopyFrom(
-                    _gateway(row, port, addresses[port.id][0], network, subnets[network.id])
-                )
-        found.setdefault(row.host_id, []).append(router)
+            network = networks.get(port.network_id)
+            if port.id == row.gateway_port_id and network and port.addresses:
+                router.gateway.CopyFrom(_gateway(row, port, network))
+        found.setdefault(row.host_id, []).append(router.SerializeToString())
     return found
 
 
 def _gateway(
-    row: Router, port: Port, address: Address, network: Network, subnets: Sequence[Subnet]
+    row: Router, port: _Port, network: dataplane_pb2.NetworkSegment
 ) -> dataplane_pb2.ExternalGateway:
-    hops = [subnet.gateway_ip for subnet in subnets if subnet.id == address.subnet_id]
+    address = next(iter(port.addresses.values()))
+    hops = [each.gateway_ip for each in network.subnets if each.subnet_id == address.subnet_id]
     return dataplane_pb2.ExternalGateway(
         port_id=port.id,
         network_id=port.network_id,

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import peewee
+from google.protobuf import any_pb2
 
 from mcloud.common.v1 import session_pb2
+from mcloud.network.v1 import dataplane_pb2
 from mcloud_controlplane.core import sessions, tables
 from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.session_follower import Pending
@@ -49,9 +51,18 @@ _REPORTED = (
     HostDataplane.error,
 )
 _RECORDED = Kept(
-    lambda *rows: HostDataplane.insert_many(rows, fields=_REPORTED).on_conflict(
-        conflict_target=[HostDataplane.host_id],
-        update={field: getattr(peewee.EXCLUDED, field.name) for field in _REPORTED[1:]},
+    lambda *rows: (
+        HostDataplane.insert_many(rows, fields=_REPORTED)
+        .on_conflict(
+            conflict_target=[HostDataplane.host_id],
+            update={field: getattr(peewee.EXCLUDED, field.name) for field in _REPORTED[1:]},
+            where=(HostDataplane.incarnation < peewee.EXCLUDED.incarnation)
+            | (
+                (HostDataplane.incarnation == peewee.EXCLUDED.incarnation)
+                & (HostDataplane.sequence < peewee.EXCLUDED.sequence)
+            ),
+        )
+        .returning(HostDataplane.host_id)
     )
 )
 
@@ -142,34 +153,46 @@ _GROUPS = Prepared(
 )
 
 
-def hosts_of_port(port: Port) -> set[str]:
-    """Return the hosts that have to know of a port's binding or its end, in one statement.
+def bump_around(port: Port) -> None:
+    """Give the hosts that a port's binding or its end concerns a new generation.
 
-    Those on its network, and those whose ports have rules about the members of its groups.
+    Its own host, those on its network, and those whose ports have rules about the members of its
+    groups; in one statement. Once in a unit, as one of its last writes, while it names its host.
     """
-    found = _AROUND.run(opened, [port.network_id], [port.id])
-    return {port.host_id, *(host_id for (host_id,) in found)}
+    _BUMPED_AROUND.run(opened, [port.network_id], [port.id], [port.host_id])
+    tables.changed("dataplane", "", "")
 
 
-def _around(network_ids: Sequence[Any], port_ids: Sequence[Any]) -> Any:
-    own = PortGroup.alias()
-    groups = own.select(own.security_group_id).where(own.port_id == port_ids[0])
+def _bumping_around(
+    network_ids: Sequence[Any], port_ids: Sequence[Any], host_ids: Sequence[Any]
+) -> Any:
+    here = Port.select(Port.host_id).where(Port.network_id == network_ids[0])
+    membership = PortGroup.alias()
+    groups = membership.select(membership.security_group_id).where(
+        membership.port_id == port_ids[0]
+    )
+    naming = SecurityGroupRule.select(SecurityGroupRule.security_group_id).where(
+        SecurityGroupRule.remote_group_id.in_(groups)
+    )
     following = (
         Port.select(Port.host_id)
         .join(PortGroup, on=(PortGroup.port_id == Port.id))
-        .join(
-            SecurityGroupRule,
-            on=(SecurityGroupRule.security_group_id == PortGroup.security_group_id),
-        )
-        .where(SecurityGroupRule.remote_group_id.in_(groups) & (Port.host_id != ""))
+        .where(PortGroup.security_group_id.in_(naming))
     )
-    here = Port.select(Port.host_id).where(
-        (Port.network_id == network_ids[0]) & (Port.host_id != "")
+    itself = HostDataplane.alias()
+    own = itself.select(itself.host_id).where(itself.host_id == host_ids[0])
+    # UNION ALL: what comes more than once is looked up once all the same.
+    concerned = HostDataplane.host_id.in_(here + following + own)
+    if opened.for_update:
+        # An update locks in any order; two units that bump the same hosts are to wait in one.
+        rows = HostDataplane.select(HostDataplane.host_id).where(concerned)
+        concerned = HostDataplane.host_id.in_(locked(rows.order_by(HostDataplane.host_id)))
+    return HostDataplane.update({HostDataplane.generation: HostDataplane.generation + 1}).where(
+        concerned
     )
-    return here | following  # UNION: each once
 
 
-_AROUND = Kept(_around)
+_BUMPED_AROUND = Kept(_bumping_around)
 
 
 def lock_around(port: Port) -> None:
@@ -206,96 +229,104 @@ class Source:
 
     def desired(self, host_ids: Sequence[str]) -> Mapping[str, Sequence[session_pb2.Desired]]:
         """Return the dataplanes of hosts that have not reached their generation."""
-        return _documents(
-            HostDataplane.host_id.in_(list(host_ids))
-            & (HostDataplane.observed_generation < HostDataplane.generation)
-        )
+        found = dataplane_document.documents(host_ids, behind=True)
+        return {host_id: [_desired(host_id, document)] for host_id, document in found.items()}
 
     def pending(self, *, urgent: bool) -> Sequence[Pending]:
-        """Return the dataplanes whose generation their hosts have not reached."""
-        ports: Any = Port.select(Port.host_id).where((Port.state == "BUILD") & (Port.host_id != ""))
-        waiting = {host_id for (host_id,) in ports.tuples()}
-        if urgent and not waiting:
-            return []
-        query: Any = HostDataplane.select(HostDataplane.host_id, HostDataplane.generation)
-        behind = query.where(HostDataplane.observed_generation < HostDataplane.generation)
-        if urgent:
-            behind = behind.where(HostDataplane.host_id.in_(sorted(waiting)))
-        # A guest waits for its port. The others learn where it is, and may learn of many at once.
+        """Return the dataplanes whose generation their hosts have not reached.
+
+        A guest waits for its port. The others learn where it is, and may learn of many at once.
+        """
+        rows = (_WAITED_FOR if urgent else _BEHIND).run(opened)
         return [
-            Pending(host_id, host_id, number, absent=False, urgent=host_id in waiting)
-            for host_id, number in behind.tuples()
+            Pending(host_id, host_id, number, absent=False, urgent=bool(waits))
+            for host_id, number, waits in rows
         ]
 
     def everything(self, host_id: str) -> Sequence[session_pb2.Desired]:
         """Return the dataplane."""
-        return _documents(HostDataplane.host_id == host_id).get(host_id, [])
+        found = dataplane_document.documents([host_id])
+        return [_desired(host_id, document) for document in found.values()]
 
     def observed(self, reports: Sequence[sessions.HostReport], epoch: str) -> None:
         """Record how far hosts are; their ports that are in place become ACTIVE.
 
         Ports are locked before dataplanes, as whoever binds a port does.
         """
-        told = [report for report in reports if report.observed.id == report.host_id]
-        hosts = [report.host_id for report in told]
-        in_the_making = Port.host_id.in_(hosts) & (Port.state == "BUILD")
-        ports = list(locked(Port.select().where(in_the_making).order_by(Port.id)))
-        dataplanes = _lock_dataplanes(hosts)
-        newer: dict[str, HostDataplane] = {}
-        for report in told:
-            row = dataplanes[report.host_id]
-            if _takes(row, report.incarnation, report.observed, epoch):
-                newer[row.host_id] = row
-        for some in peewee.chunked(newer.values(), _AT_ONCE):
-            values = [[getattr(row, field.name) for field in _REPORTED] for row in some]
-            _RECORDED.run(opened, *values)
-        for row in newer.values():
-            _activate(row, ports)
+        newest: dict[str, sessions.HostReport] = {}
+        for report in sorted(reports, key=_age):
+            if report.observed.id == report.host_id:
+                newest[report.host_id] = report
+        if opened.for_update:
+            in_the_making = Port.host_id.in_(list(newest)) & (Port.state == "BUILD")
+            lock(Port.select(Port.id).where(in_the_making).order_by(Port.id))
+        values = [_recorded(newest[host_id], epoch) for host_id in sorted(newest)]
+        for some in peewee.chunked(values, _AT_ONCE):
+            hosts = [host_id for (host_id,) in _RECORDED.run(opened, *some)]
+            if hosts:
+                for port_id, project_id in _ACTIVATED.run(opened, hosts):
+                    tables.changed("port", port_id, project_id)
 
 
-def _takes(row: HostDataplane, incarnation: int, report: session_pb2.Observed, epoch: str) -> bool:
-    """Have a row say what is reported; False: what it says is as new."""
-    if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
-        return False
-    # A number of another epoch says nothing about this one's.
-    row.observed_generation = report.generation if report.epoch == epoch else 0
-    row.incarnation, row.sequence = incarnation, report.sequence
-    row.error = report.error.SerializeToString() if report.HasField("error") else None
-    return True
+def _being_bound() -> Any:
+    """Return the query for the ports of a host that a guest waits for."""
+    here = Port.host_id == HostDataplane.host_id
+    return peewee.fn.EXISTS(Port.select(Port.id).where(here & (Port.state == "BUILD")))
 
 
-def _documents(condition: Any) -> dict[str, list[session_pb2.Desired]]:
-    """Return the dataplanes of hosts, by host.
-
-    The generations are read first: what is read after them may be newer, never older.
-    """
-    query: Any = HostDataplane.select(HostDataplane.host_id, HostDataplane.generation)
-    numbers = dict(query.where(condition).tuples())
-    if not numbers:
-        return {}
-    documents = dataplane_document.documents(list(numbers))
-    return {
-        host_id: [sessions.desired(host_id, numbers[host_id], document)]
-        for host_id, document in documents.items()
-    }
+def _behind() -> Any:
+    fields = (HostDataplane.host_id, HostDataplane.generation, _being_bound())
+    return HostDataplane.select(*fields).where(
+        HostDataplane.observed_generation < HostDataplane.generation
+    )
 
 
-def _activate(row: HostDataplane, ports: Sequence[Port]) -> None:
-    """Those of these ports, which are locked, that are in place on the host become ACTIVE."""
-    found = [
-        port
-        for port in ports
-        if (port.host_id, port.state) == (row.host_id, "BUILD")
-        and port.bound_generation <= row.observed_generation
+_BEHIND = Kept(_behind)
+_WAITED_FOR = Kept(lambda: _behind().where(_being_bound()))
+
+
+def _desired(host_id: str, document: dataplane_document.Document) -> session_pb2.Desired:
+    spec = any_pb2.Any(type_url=_TYPE_URL, value=document.content)
+    return session_pb2.Desired(id=host_id, generation=document.generation, spec=spec)
+
+
+_TYPE_URL = f"type.googleapis.com/{dataplane_pb2.HostDataplane.DESCRIPTOR.full_name}"
+
+
+def _age(report: sessions.HostReport) -> tuple[int, int]:
+    return report.incarnation, report.observed.sequence
+
+
+def _recorded(report: sessions.HostReport, epoch: str) -> list[Any]:
+    """Return what a report makes of a row, in the order of _REPORTED."""
+    told = report.observed
+    return [
+        report.host_id,
+        # A number of another epoch says nothing about this one's.
+        told.generation if told.epoch == epoch else 0,
+        report.incarnation,
+        told.sequence,
+        told.error.SerializeToString() if told.HasField("error") else None,
     ]
-    if not found:
-        return
-    Port.update(state="ACTIVE", version=Port.version + 1).where(
-        Port.id.in_([port.id for port in found])
-    ).execute()
-    for port in found:
-        port.state = "ACTIVE"
-        tables.changed("port", port.id, port.project_id)
+
+
+def _activating(host_ids: Sequence[Any]) -> Any:
+    """Return the statement that makes ports of hosts ACTIVE that are in place there."""
+    reached = HostDataplane.select(HostDataplane.observed_generation).where(
+        HostDataplane.host_id == Port.host_id
+    )
+    return (
+        Port.update({Port.state: "ACTIVE", Port.version: Port.version + 1})
+        .where(
+            Port.host_id.in_(host_ids)
+            & (Port.state == "BUILD")
+            & (Port.bound_generation <= reached)
+        )
+        .returning(Port.id, Port.project_id)
+    )
+
+
+_ACTIVATED = Kept(_activating)
 
 
 def join(host_id: str, hello: session_pb2.Hello) -> None:

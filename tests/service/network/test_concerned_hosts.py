@@ -9,10 +9,16 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fakes.dataplane_host import DataplaneHost, new_domain
-from mcloud.network.v1 import dataplane_pb2
+from mcloud.common.v1 import options_pb2, session_pb2
+from mcloud.network.v1 import port_pb2, port_service_pb2
+from mcloud_base import ids
+from mcloud_controlplane.core import auth
 from mcloud_controlplane.core.database import Database
-from mcloud_controlplane.network import dataplane_document, dataplane_store, model
+from mcloud_controlplane.core.sessions import HostReport
+from mcloud_controlplane.network import binding_store, dataplane_document, dataplane_store, model
 from service.network.cloud import Cloud
+
+Rule = options_pb2.Rule
 
 SOURCE = dataplane_store.Source()
 
@@ -25,7 +31,9 @@ def store_of(cloud: Cloud) -> Database:
     return cloud.runtime.database("network", model.open_database)
 
 
-async def statements(store: Database, function: Callable[..., Any], *args: Any) -> int:
+async def statements(
+    store: Database, function: Callable[..., Any], *args: Any, writes: bool = False
+) -> int:
     """Count the statements of a unit."""
     execute = store.peewee.execute_sql
 
@@ -44,7 +52,7 @@ async def statements(store: Database, function: Callable[..., Any], *args: Any) 
             del store.peewee.execute_sql
         return count
 
-    return await store.read(read)
+    return await (store.write(read) if writes else store.read(read))
 
 
 async def test_only_hosts_on_what_has_changed_have_something_to_do(cloud: Cloud) -> None:
@@ -86,6 +94,76 @@ async def test_only_hosts_on_what_has_changed_have_something_to_do(cloud: Cloud)
             store, SOURCE.desired, [hosts[0].id]
         )
         assert await statements(store, SOURCE.desired, [hosts[5].id]) == 1
+
+
+def reserving(project_id: str, network_id: str) -> port_service_pb2.EnsurePortRequest:
+    return port_service_pb2.EnsurePortRequest(
+        project_id=project_id,
+        instance_id=ids.new("i"),
+        port_id=ids.new("port"),
+        spec=port_pb2.PortSpec(network_id=network_id),
+        lease_number=1,
+    )
+
+
+def binding(host_id: str, port_id: str) -> tuple[auth.Caller, port_service_pb2.BindPortRequest]:
+    """What the gate makes of a host's call, and its request."""
+    domain = new_domain()
+    named = auth.Delegation(host_id, domain, 1, frozenset(), frozenset([port_id]), frozenset())
+    certificate = auth.Certificate("1", "", "", host_id=host_id)
+    caller = auth.Caller(Rule.CALLER_DELEGATE, certificate=certificate, delegation=named)
+    return caller, port_service_pb2.BindPortRequest(port_id=port_id, domain_id=domain)
+
+
+async def test_a_port_may_be_bound_before_its_hosts_first_session(cloud: Cloud) -> None:
+    ann = await cloud.member("ann")
+    network = (await ann.net())[0].metadata.id
+    port = await cloud.ensure(ann.project_id, network)
+    host = cloud.host("192.0.2.1")
+    bound = await cloud.bind(host, port, new_domain())
+    assert bound.dataplane_generation > 0
+    async with host:
+        assert host.generation >= bound.dataplane_generation
+        assert host.port(port.metadata.id)
+
+
+async def test_of_what_a_host_has_told_the_newest_counts(cloud: Cloud) -> None:
+    """Reports are written together: also several of a host, and some that are late."""
+    ann = await cloud.member("ann")
+    store = store_of(cloud)
+    network = (await ann.net())[0].metadata.id
+    epoch = await store.read(model.shared.epoch)
+    hosts = [ids.new("h") for _ in range(2)]
+    requests = [reserving(ann.project_id, network) for _ in hosts]
+    reached = []
+    for host, request in zip(hosts, requests, strict=True):
+        await store.write(binding_store.ensure, request)
+        bound = await store.write(binding_store.bind, *binding(host, request.port_id))
+        reached.append(bound.dataplane_generation)
+
+    def report(host: int, generation: int, sequence: int, incarnation: int = 1) -> HostReport:
+        told = session_pb2.Observed(
+            id=hosts[host], generation=generation, sequence=sequence, epoch=epoch
+        )
+        return HostReport(hosts[host], incarnation, told)
+
+    def look() -> list[tuple[int, int, int, str]]:
+        rows = [model.HostDataplane.get_by_id(host) for host in hosts]
+        ports = [model.Port.get_by_id(request.port_id) for request in requests]
+        return [
+            (row.observed_generation, row.incarnation, row.sequence, port.state)
+            for row, port in zip(rows, ports, strict=True)
+        ]
+
+    await store.write(
+        SOURCE.observed, [report(0, 1, 1), report(0, 0, 2), report(1, reached[1], 1)], epoch
+    )
+    assert await store.read(look) == [(0, 1, 2, "BUILD"), (reached[1], 1, 1, "ACTIVE")]
+    late = [report(0, reached[0], 1), report(0, reached[0], 2), report(1, 0, 9, incarnation=0)]
+    await store.write(SOURCE.observed, late, epoch)
+    assert await store.read(look) == [(0, 1, 2, "BUILD"), (reached[1], 1, 1, "ACTIVE")]
+    await store.write(SOURCE.observed, [report(0, reached[0], 1, incarnation=2)], epoch)
+    assert (await store.read(look))[0] == (reached[0], 2, 1, "ACTIVE")
 
 
 async def test_after_any_change_whoever_it_concerns_has_a_new_generation(cloud: Cloud) -> None:
@@ -135,7 +213,7 @@ async def test_after_any_change_whoever_it_concerns_has_a_new_generation(cloud: 
             documents = dataplane_document.documents(ids)
             for id_ in ids:
                 assert dataplane_document.documents([id_]) == {id_: documents[id_]}
-            return {id_: (generation(id_), _text(documents[id_])) for id_ in ids}
+            return {id_: (generation(id_), documents[id_].content) for id_ in ids}
 
         return await store.read(look)
 
@@ -152,7 +230,3 @@ async def test_after_any_change_whoever_it_concerns_has_a_new_generation(cloud: 
                 (number, document), (new_number, new_document) = before[host.id], after[host.id]
                 assert (new_number > number) or document == new_document, change.__name__
             before = after
-
-
-def _text(document: dataplane_pb2.HostDataplane) -> bytes:
-    return document.SerializeToString(deterministic=True)
