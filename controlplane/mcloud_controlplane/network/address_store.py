@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import peewee
 
@@ -19,10 +19,27 @@ from mcloud.network.v1 import port_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.statements import Kept
-from mcloud_controlplane.network.model import Address, AllocationPool, Port, Subnet, locked
+from mcloud_controlplane.network.model import Address, AllocationPool, Port, Subnet, lock
+from mcloud_controlplane.network.model import database as opened
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class _Range(NamedTuple):
+    """A subnet from which addresses are handed out.
+
+    Args:
+        pools: of each the first and the last position, and the lowest and the highest taken.
+    """
+
+    id: str
+    project_id: str
+    ip_version: int
+    cidr: str
+    gateway_ip: str
+    service_ip: str
+    pools: list[tuple[int, int, int | None, int | None]]
 
 
 def position(network: IpNetwork, address: IpAddress) -> int:
@@ -62,12 +79,11 @@ def assign(port: Port, wanted: Sequence[port_pb2.FixedIpRequest]) -> list[Addres
         errors.NotFound: SUBNET_NOT_FOUND.
         errors.InvalidArgument: BAD_FIELD, an address that is not of the network.
     """
-    query = Subnet.select().where(Subnet.network_id == port.network_id).order_by(Subnet.id)
-    subnets = list(locked(query))
+    subnets = _ranges(port.network_id)
     if not wanted:
         versions = sorted({subnet.ip_version for subnet in subnets})
         choices = [[s for s in subnets if s.ip_version == version] for version in versions]
-        return [take_any(some, port.id, number) for number, some in enumerate(choices)]
+        return [_take_free(some, port.id, number) for number, some in enumerate(choices)]
     taken = []
     for number, request in enumerate(wanted):
         field = f"spec.fixed_ips[{number}]"
@@ -81,29 +97,36 @@ def assign(port: Port, wanted: Sequence[port_pb2.FixedIpRequest]) -> list[Addres
         if request.ip_address:
             taken.append(_take_wanted(some, request.ip_address, port, number, field))
         elif some:
-            taken.append(take_any(some, port.id, number))
+            if taken:  # maybe one of these subnets'
+                now = {each.id: each for each in _ranges(port.network_id)}
+                some = [now[each.id] for each in some]
+            taken.append(_take_free(some, port.id, number))
         else:
             raise errors.bad_field(field, "the network has no subnet")
     return taken
 
 
-def take_any(subnets: Sequence[Subnet], port_id: str, number: int = 0) -> Address:
-    """Give a port the next free address of the first of these subnets that has one.
-
-    The subnets' rows must be locked.
+def take_any(port: Port, ip_version: int) -> Address:
+    """Give a port the next free address of a version on its network.
 
     Raises:
         errors.Exhausted: NO_FREE_ADDRESS.
     """
+    subnets = _ranges(port.network_id)
+    return _take_free([each for each in subnets if each.ip_version == ip_version], port.id)
+
+
+def _take_free(subnets: Sequence[_Range], port_id: str, number: int = 0) -> Address:
+    """Give a port the next free address of the first of these subnets that has one."""
     for subnet in subnets:
-        found = _free_position(subnet.id)
+        found = _free_position(subnet)
         if found is not None:
             return _insert(subnet, found, port_id, number)
     names = ", ".join(subnet.cidr for subnet in subnets) or "a network without a subnet"
     raise errors.Exhausted("NO_FREE_ADDRESS", f"no address is free in {names}")
 
 
-def take(subnet: Subnet, text: str, port_id: str, number: int = 0) -> Address:
+def take(subnet: Subnet | _Range, text: str, port_id: str, number: int = 0) -> Address:
     """Give a port a certain address of a subnet, whose row must be locked.
 
     Raises:
@@ -121,7 +144,7 @@ def give_back(port_id: str) -> None:
 
 
 def _take_wanted(
-    subnets: Sequence[Subnet], text: str, port: Port, number: int, field: str
+    subnets: Sequence[_Range], text: str, port: Port, number: int, field: str
 ) -> Address:
     address = ipaddress.ip_address(text)
     for subnet in subnets:
@@ -139,7 +162,7 @@ def _take_wanted(
     raise errors.bad_field(f"{field}.ip_address", f"{text} is in none of the network's subnets")
 
 
-def _insert(subnet: Subnet, where: int, port_id: str, number: int) -> Address:
+def _insert(subnet: Subnet | _Range, where: int, port_id: str, number: int) -> Address:
     network = ipaddress.ip_network(subnet.cidr)
     return Address.create(
         subnet_id=subnet.id,
@@ -152,49 +175,72 @@ def _insert(subnet: Subnet, where: int, port_id: str, number: int) -> Address:
     )
 
 
-def _pools(subnet_ids: Sequence[str]) -> Any:
-    """Return the pools of a subnet: first, last, the lowest and the highest position taken."""
+def _ranges(network_id: str) -> list[_Range]:
+    """Return a network's subnets and what is taken of them, their rows locked."""
+    if opened.for_update:
+        lock(Subnet.select(Subnet.id).where(Subnet.network_id == network_id).order_by(Subnet.id))
+    found: dict[str, _Range] = {}
+    for id_, *columns, first, last, lowest, highest in _RANGES.run(opened, [network_id]):
+        subnet = found.get(id_)
+        if subnet is None:
+            subnet = found[id_] = _Range._make((id_, *columns, []))
+        if first is not None:
+            subnet.pools.append((first, last, lowest, highest))
+    return list(found.values())
+
+
+def _with_pools(network_ids: Sequence[Any]) -> Any:
     inside = (
         (Address.subnet_id == AllocationPool.subnet_id)
         & (Address.position >= AllocationPool.first)
         & (Address.position <= AllocationPool.last)
     )
     return (
-        AllocationPool.select(
+        Subnet.select(
+            Subnet.id,
+            Subnet.project_id,
+            Subnet.ip_version,
+            Subnet.cidr,
+            Subnet.gateway_ip,
+            Subnet.service_ip,
             AllocationPool.first,
             AllocationPool.last,
-            Address.select(peewee.fn.MIN(Address.position)).where(inside).alias("lowest"),
-            Address.select(peewee.fn.MAX(Address.position)).where(inside).alias("highest"),
+            Address.select(peewee.fn.MIN(Address.position)).where(inside),
+            Address.select(peewee.fn.MAX(Address.position)).where(inside),
         )
-        .where(AllocationPool.subnet_id == subnet_ids[0])
-        .order_by(AllocationPool.first)
+        .join(
+            AllocationPool,
+            peewee.JOIN.LEFT_OUTER,
+            on=(AllocationPool.subnet_id == Subnet.id),
+        )
+        .where(Subnet.network_id == network_ids[0])
+        .order_by(Subnet.id, AllocationPool.first)
     )
 
 
-_POOLS = Kept(_pools)
+_RANGES = Kept(_with_pools)
 
 
-def _free_position(subnet_id: str) -> int | None:
-    """Return a free position of the subnet's pools; two statements, more once they fill up."""
-    pools = _POOLS.run(AllocationPool._meta.database, [subnet_id])
-    for first, last, _, highest in pools:
+def _free_position(subnet: _Range) -> int | None:
+    """Return a free position of the subnet's pools; statements only once they fill up."""
+    for first, last, _, highest in subnet.pools:
         if highest is None:
-            return int(first)
+            return first
         if highest < last:
-            return int(highest) + 1
-    for first, last, lowest, _ in pools:
-        if lowest > first:
-            return int(first)
+            return highest + 1
+    for first, last, lowest, _ in subnet.pools:
+        if lowest is not None and lowest > first:
+            return first
         following = Address.alias()
         gap = (
             Address.select(Address.position + 1)
             .where(
-                (Address.subnet_id == subnet_id)
+                (Address.subnet_id == subnet.id)
                 & (Address.position >= first)
                 & (Address.position < last)
                 & ~peewee.fn.EXISTS(
                     following.select(following.position).where(
-                        (following.subnet_id == subnet_id)
+                        (following.subnet_id == subnet.id)
                         & (following.position == Address.position + 1)
                     )
                 )

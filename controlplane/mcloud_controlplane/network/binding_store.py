@@ -34,12 +34,14 @@ def ensure(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
     """Reserve a port for an instance (step 4): made under the id given, or a user's."""
     key = f"{request.port_id}/{request.instance_id}" if request.existing else request.port_id
     effects.ensure_may(shared, key, request.lease_number)
+    if not request.existing:
+        # Whoever makes it or deletes it has to let its effect through first, one at a time.
+        room = port_store.get_room(request.project_id, request.spec.network_id, request.port_id)
+        if room.port_id is None:
+            return _make(room, request)
     row = port_store.find_locked(request.port_id)
-    if request.existing:
-        if row is None or row.project_id != request.project_id:
-            raise port_store.not_found(request.port_id)
-    elif row is None:
-        return _make(request)
+    if row is None or (request.existing and row.project_id != request.project_id):
+        raise port_store.not_found(request.port_id)
     if row.owner_id not in ("", request.instance_id):
         raise errors.WrongState(
             "PORT_IN_USE",
@@ -53,7 +55,7 @@ def ensure(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
     return port_store.message(row)
 
 
-def _make(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
+def _make(room: port_store.Room, request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
     moment = database.now()
     columns = {
         "id": request.port_id,
@@ -63,6 +65,7 @@ def _make(request: port_service_pb2.EnsurePortRequest) -> port_pb2.Port:
         "spec": request.spec.SerializeToString(),
     }
     return port_store.insert(
+        room,
         columns,
         request.spec,
         owner_type="instance",

@@ -85,22 +85,25 @@ def get_own(caller: auth.Caller, id_: str) -> Network:
     return row
 
 
-def get_usable(project_id: str, id_: str) -> Network:
-    """Return a network on which a project may have ports for its guests, its row locked.
+def ensure_usable(
+    id_: str, project_id: str, owner_id: str, *, shared: bool, external: bool
+) -> None:
+    """Refuse a network on which a project may not have ports for its guests.
+
+    Args:
+        owner_id: the network's project.
 
     Raises:
         errors.NotFound: NETWORK_NOT_FOUND.
         errors.PermissionDenied: NETWORK_NOT_SHARED, only routers may use it.
     """
-    row = Network.find_locked(id_)
-    if row is None or not (row.project_id == project_id or row.shared or row.external):
+    if not (owner_id == project_id or shared or external):
         raise not_found(id_)
-    if not row.shared and row.project_id != project_id:
+    if not shared and owner_id != project_id:
         raise errors.PermissionDenied(
             "NETWORK_NOT_SHARED",
             f"network {id_} is for routers and floating addresses; use one of your own",
         )
-    return row
 
 
 def not_found(id_: str) -> errors.NotFound:

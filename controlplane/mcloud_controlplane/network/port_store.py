@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import peewee
 from google.protobuf.message import Message
 
 from mcloud.common.v1 import options_pb2
@@ -25,12 +26,17 @@ from mcloud_controlplane.network import (
 from mcloud_controlplane.network.model import (
     Address,
     FloatingIp,
+    Network,
     Port,
     PortGroup,
+    Quota,
     Router,
+    SecurityGroup,
+    lock,
     locked,
     shared,
 )
+from mcloud_controlplane.network.model import database as opened
 
 _MAC_PREFIX = "fa:16:3e"  # locally administered; OpenStack's habit
 
@@ -120,12 +126,74 @@ def create(work: Mutation, request: port_service_pb2.CreatePortRequest) -> port_
             "ROLE_REQUIRED", "a port without port security needs the role manager"
         )
     columns = convert.new_row("port", request, work.caller.project_id)
-    made = insert(columns, request.spec)
+    room = get_room(columns["project_id"], request.spec.network_id, columns["id"])
+    made = insert(room, columns, request.spec)
     work.concerns("port", made.metadata.id, made.metadata.name)
     return made
 
 
-def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> port_pb2.Port:
+class Room(NamedTuple):
+    """What a port that is to be made depends on.
+
+    Args:
+        project_id: the network's.
+        limit: of the project's ports; None: it has no row yet.
+        default_group_id: the project's; None: it has none yet.
+        port_id: the port's own, if it is there already.
+    """
+
+    network_id: str
+    project_id: str
+    shared: bool
+    external: bool
+    limit: int | None
+    default_group_id: str | None
+    port_id: str | None
+
+
+def get_room(project_id: str, network_id: str, port_id: str) -> Room:
+    """Return what a project's port on a network depends on, in one statement. Locked.
+
+    Raises:
+        errors.NotFound: NETWORK_NOT_FOUND.
+    """
+    if opened.for_update:
+        lock(Network.select(Network.id).where(Network.id == network_id))
+        lock(Quota.select(Quota.project_id).where(Quota.project_id == project_id))
+    for columns in _ROOM.rows([network_id], [project_id], [port_id]):
+        return Room(*columns)
+    raise network_store.not_found(network_id)
+
+
+_ROOM = Prepared(
+    Network,
+    lambda network_ids, project_ids, port_ids: (
+        Network.select(
+            Network.id,
+            Network.project_id,
+            Network.shared,
+            Network.external,
+            Quota.port_count,
+            SecurityGroup.id,
+            Port.id,
+        )
+        .join(Quota, peewee.JOIN.LEFT_OUTER, on=(Quota.project_id == project_ids[0]))
+        .join(
+            SecurityGroup,
+            peewee.JOIN.LEFT_OUTER,
+            on=(SecurityGroup.project_id == project_ids[0])
+            & (SecurityGroup.name == security_group_store.DEFAULT),
+        )
+        .join(Port, peewee.JOIN.LEFT_OUTER, on=(Port.id == port_ids[0]))
+        .where(Network.id == network_ids[0])
+        .tuples()
+    ),
+)
+
+
+def insert(
+    room: Room, columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any
+) -> port_pb2.Port:
     """Make a port for a guest: quota, Ethernet address, addresses, groups.
 
     Args:
@@ -133,20 +201,31 @@ def insert(columns: dict[str, Any], spec: port_pb2.PortSpec, **more: Any) -> por
         more: further columns.
     """
     project_id = columns["project_id"]
-    network = network_store.get_usable(project_id, spec.network_id)
-    if spec.port_security_disabled and network.project_id != project_id:
+    network_store.ensure_usable(
+        room.network_id,
+        project_id,
+        room.project_id,
+        shared=room.shared,
+        external=room.external,
+    )
+    if spec.port_security_disabled and room.project_id != project_id:
         raise errors.PermissionDenied(
             "NOT_OWNER", "a port without port security needs a network of its project's own"
         )
-    quota_store.ensure_room(project_id, "port")
+    if room.limit is None:
+        quota_store.ensure_room(project_id, "port")
+    else:
+        quota_store.ensure_within(room.limit, project_id, "port")
     groups = (
         []
         if spec.port_security_disabled
-        else security_group_store.resolve(project_id, spec.security_group_ids)
+        else security_group_store.resolve(
+            project_id, spec.security_group_ids, room.default_group_id
+        )
     )
     row = Port.create(
         **columns,
-        network_id=network.id,
+        network_id=room.network_id,
         mac=_mac(spec.mac),
         port_security_enabled=not spec.port_security_disabled,
         **more,

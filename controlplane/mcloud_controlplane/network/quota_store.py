@@ -34,7 +34,15 @@ def ensure_room(project_id: str, resource: str) -> None:
     Raises:
         errors.Exhausted: QUOTA_EXCEEDED.
     """
-    limit = getattr(QUOTAS.lock(project_id), f"{resource}_count")
+    ensure_within(getattr(QUOTAS.lock(project_id), f"{resource}_count"), project_id, resource)
+
+
+def ensure_within(limit: int, project_id: str, resource: str) -> None:
+    """Refuse one more of a resource than a limit; the project's row is locked.
+
+    Raises:
+        errors.Exhausted: QUOTA_EXCEEDED.
+    """
     if limit < 0:
         return
     count = _count(project_id, resource)

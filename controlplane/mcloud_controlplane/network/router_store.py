@@ -119,11 +119,10 @@ def external_port(
     port = port_store.insert_for_service(
         _port_columns(name, project_id), network_id, owner_type, owner_id
     )
-    query = Subnet.select().where((Subnet.network_id == network_id) & (Subnet.ip_version == 4))
-    subnets = list(locked(query.order_by(Subnet.id)))
     if not wanted:
-        return port, address_store.take_any(subnets, port.id)
-    for subnet in subnets:
+        return port, address_store.take_any(port, 4)
+    query = Subnet.select().where((Subnet.network_id == network_id) & (Subnet.ip_version == 4))
+    for subnet in locked(query.order_by(Subnet.id)):
         if ipaddress.ip_address(wanted) in ipaddress.ip_network(subnet.cidr):
             if wanted == subnet.gateway_ip:
                 break

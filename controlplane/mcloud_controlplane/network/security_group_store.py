@@ -86,14 +86,17 @@ def _get_locked(caller: auth.Caller, id_: str) -> SecurityGroup:
     return row
 
 
-def resolve(project_id: str, wanted: Sequence[str]) -> list[str]:
+def resolve(project_id: str, wanted: Sequence[str], default_id: str | None = None) -> list[str]:
     """Return the groups for a port of a project: those wanted, else its "default". Locked.
+
+    Args:
+        default_id: of its "default", if that is known.
 
     Raises:
         errors.NotFound: SECURITY_GROUP_NOT_FOUND.
     """
     if not wanted:
-        return [ensure_default(project_id)]
+        return [default_id or ensure_default(project_id)]
     chosen = list(dict.fromkeys(wanted))
     query = SecurityGroup.select(SecurityGroup.id).where(
         SecurityGroup.id.in_(chosen) & (SecurityGroup.project_id == project_id)

@@ -16,7 +16,7 @@ from mcloud_controlplane.core import auth
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.sessions import HostReport
 from mcloud_controlplane.network import binding_store, dataplane_document, dataplane_store, model
-from service.network.cloud import Cloud
+from service.network.cloud import Cloud, refused
 
 Rule = options_pb2.Rule
 
@@ -115,6 +115,22 @@ def binding(host_id: str, port_id: str) -> tuple[auth.Caller, port_service_pb2.B
     return caller, port_service_pb2.BindPortRequest(port_id=port_id, domain_id=domain)
 
 
+async def test_a_port_costs_as_few_statements_however_many_there_are(cloud: Cloud) -> None:
+    ann = await cloud.member("ann")
+    store = store_of(cloud)
+    network = (await ann.net())[0].metadata.id
+    hosts = [ids.new("h") for _ in range(3)]
+    counts = []
+    for number in range(6):
+        request = reserving(ann.project_id, network)
+        ensured = await statements(store, binding_store.ensure, request, writes=True)
+        call = binding(hosts[number % 3], request.port_id)
+        counts.append((ensured, await statements(store, binding_store.bind, *call, writes=True)))
+    # The first made the project's quota and group, and three were the first of their hosts.
+    most = (10, 8) if store.is_postgresql else (7, 4)  # the one locks, the other has locked
+    assert counts[3:] == [most] * 3
+
+
 async def test_a_port_may_be_bound_before_its_hosts_first_session(cloud: Cloud) -> None:
     ann = await cloud.member("ann")
     network = (await ann.net())[0].metadata.id
@@ -125,6 +141,23 @@ async def test_a_port_may_be_bound_before_its_hosts_first_session(cloud: Cloud) 
     async with host:
         assert host.generation >= bound.dataplane_generation
         assert host.port(port.metadata.id)
+
+
+async def test_a_repeat_finds_its_port_where_the_project_may_have_no_more(cloud: Cloud) -> None:
+    ann = await cloud.member("ann")
+    store = store_of(cloud)
+    request = reserving(ann.project_id, (await ann.net())[0].metadata.id)
+    made = await store.write(binding_store.ensure, request)
+    await store.write(
+        lambda: (
+            model.Quota.update(port_count=1)
+            .where(model.Quota.project_id == ann.project_id)
+            .execute()
+        )
+    )
+    assert await store.write(binding_store.ensure, request) == made
+    more = reserving(ann.project_id, request.spec.network_id)
+    assert (await refused(store.write(binding_store.ensure, more))).reason == "QUOTA_EXCEEDED"
 
 
 async def test_of_what_a_host_has_told_the_newest_counts(cloud: Cloud) -> None:
