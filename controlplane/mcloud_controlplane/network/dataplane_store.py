@@ -177,7 +177,7 @@ def _bumping_around(
     following = (
         Port.select(Port.host_id)
         .join(PortGroup, on=(PortGroup.port_id == Port.id))
-        .where(PortGroup.security_group_id.in_(naming))
+        .where(PortGroup.security_group_id.in_(naming) & (Port.network_id != network_ids[0]))
     )
     itself = HostDataplane.alias()
     own = itself.select(itself.host_id).where(itself.host_id == host_ids[0])
