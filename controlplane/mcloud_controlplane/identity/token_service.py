@@ -83,8 +83,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         """Sign what a host may ask for one domain."""
 
         def read() -> tuple[int, SigningKey]:
-            epoch = epoch_store.read([request.host_id])[request.host_id]
-            enrolment_store.require_not_revoked(request.certificate_sha256)
+            epoch = enrolment_store.require_good(request.host_id, request.certificate_sha256)
             return epoch, self._signing_key()
 
         epoch, key = await self._database.read_few(read)
