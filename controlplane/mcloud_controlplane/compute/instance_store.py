@@ -6,7 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
 from peewee import JOIN
@@ -41,9 +41,20 @@ _MOST_NAME = 255  # as the contract has it
 # -- reading ---------------------------------------------------------------------------------------
 
 
+class HostState(NamedTuple):
+    """What an instance shows of its host, and how many builds that has refused."""
+
+    name: str
+    silent: bool
+    failure_count: int
+
+
+_NO_HOST = HostState("", silent=False, failure_count=0)
+
+
 def _hosts(ids: Sequence[str]) -> Any:
     sessions = shared.host_session
-    query = Host.select(Host.id, Host.name, sessions.lease_expire_time)
+    query = Host.select(Host.id, Host.name, Host.failure_count, sessions.lease_expire_time)
     joined = query.join(sessions, JOIN.LEFT_OUTER, on=(sessions.host_id == Host.id))
     return joined.where(Host.id.in_(ids)).tuples()
 
@@ -51,15 +62,26 @@ def _hosts(ids: Sequence[str]) -> Any:
 _HOSTS = Prepared(Host, _hosts)
 
 
-def messages(rows: Sequence[Instance]) -> list[instance_pb2.Instance]:
-    """Return instances' rows as messages, in one statement for any number of them."""
+def find_hosts(rows: Sequence[Instance]) -> dict[str, HostState]:
+    """Return the hosts of instances' rows, by id, in one statement."""
     found = {row.host_id for row in rows if row.host_id}
     moment = database.now()
-    hosts: dict[str, tuple[str, bool]] = {
-        id_: (name, end is not None and not tables.is_connected(end, moment))
-        for id_, name, end in (_HOSTS.rows(sorted(found)) if found else ())
+    return {
+        id_: HostState(name, end is not None and not tables.is_connected(end, moment), failures)
+        for id_, name, failures, end in (_HOSTS.rows(sorted(found)) if found else ())
     }
-    return [_message(row, *hosts.get(row.host_id, ("", False))) for row in rows]
+
+
+def messages(
+    rows: Sequence[Instance], hosts: Mapping[str, HostState] | None = None
+) -> list[instance_pb2.Instance]:
+    """Return instances' rows as messages, in one statement for any number of them.
+
+    Args:
+        hosts: of the rows, where they are known.
+    """
+    known = find_hosts(rows) if hosts is None else hosts
+    return [_message(row, known.get(row.host_id, _NO_HOST)) for row in rows]
 
 
 def get_message(id_: str) -> instance_pb2.Instance:
@@ -67,13 +89,13 @@ def get_message(id_: str) -> instance_pb2.Instance:
     return messages([Instance.get_by_id(id_)])[0]
 
 
-def _message(row: Instance, host_name: str, silent: bool) -> instance_pb2.Instance:
-    state = "UNKNOWN" if silent and row.state in _SILENT_STATES else row.state
+def _message(row: Instance, host: HostState) -> instance_pb2.Instance:
+    state = "UNKNOWN" if host.silent and row.state in _SILENT_STATES else row.state
     spec = instance_pb2.InstanceSpec.FromString(bytes(row.spec))
     status = instance_pb2.InstanceStatus(
         state=contract.enum_value(state, State),
         host_id=row.host_id,
-        host_name=host_name,
+        host_name=host.name,
         domain_id=row.domain_id,
         observed_generation=row.generation if row.launch_time else 0,
         hostname=row.hostname,

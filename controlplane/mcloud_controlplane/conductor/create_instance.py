@@ -171,13 +171,15 @@ class CreateInstance:
     def succeed(self, job: Job) -> None:
         """Make the instance ACTIVE, in the operation's last transaction."""
         instance = store.end_operation(job, state="ACTIVE", launch_time=database.now(), fault=None)
-        store.count_build(job.data["domain_id"], failed=False)
-        job.response = instance_store.messages([instance])[0]
+        hosts = instance_store.find_hosts([instance])
+        if any(host.failure_count for host in hosts.values()):
+            store.forget_failures(instance.host_id)
+        job.response = instance_store.messages([instance], hosts)[0]
 
     def fail(self, job: Job) -> None:
         """Make the instance say why it is not; nothing of it is left, or it says where."""
         if not isinstance(job.error, errors.Cancelled):
-            store.count_build(job.data["domain_id"], failed=True)
+            store.count_failure(job.data["domain_id"])
         fail_instance(job)
 
     def workflow(self) -> Workflow:

@@ -36,7 +36,7 @@ class Domains:
         """
 
         def look() -> errors.Error | bool | None:
-            row = store.find_domain(domain_id)
+            row = store.find_progress(domain_id)
             if row is None or row.absent:
                 return errors.WrongState("DOMAIN_ABSENT", "the domain has been removed meanwhile")
             error = store.domain_error(row)
@@ -60,7 +60,7 @@ class Domains:
         await self._database.write(store.desire_absent, job, domain_id)
 
         def look() -> errors.Error | bool | None:
-            current = store.find_domain(domain_id)
+            current = store.find_progress(domain_id)
             return True if current is None or current.absent_time is not None else None
 
         await self._until(domain_id, look, timeout_s)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import peewee
 from google.rpc import status_pb2
@@ -99,31 +100,76 @@ def _desired(condition: Any) -> dict[str, list[session_pb2.Desired]]:
 
 def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Observed) -> None:
     """Record a report, unless it is stale, of another host or of an unknown domain."""
-    row = Domain.find_locked(report.id)
-    if row is None or row.host_id != host_id:
-        return
-    if (incarnation, report.sequence) <= (row.incarnation, row.sequence):
-        return
     status = domain_pb2.DomainStatus()
     report.status.Unpack(status)
     state = "ABSENT" if report.absent else contract.enum_name(status.state, State)
-    row.incarnation, row.sequence = incarnation, report.sequence
-    row.state, row.reason = state, status.reason
-    row.observed_generation = max(row.observed_generation, report.generation)
-    row.error = report.error.SerializeToString() if report.HasField("error") else None
-    if report.absent and row.absent and report.generation >= row.generation:
-        row.absent_time = database.now()
-    row.save()
-    tables.changed("domain", row.id, row.project_id)
-    operation_id = _begun_by(row.operation_id)
-    if status.steps and operation_id and status.desired_generation == row.generation:
+    error = report.error.SerializeToString() if report.HasField("error") else None
+    removed = report.generation if report.absent else -1
+    values = [
+        report.id, host_id, incarnation, report.sequence, report.generation, removed,
+        state, status.reason, error, database.now(),
+    ]  # fmt: skip
+    found = _REPORTED.run(Domain._meta.database, values)
+    if not found:
+        return
+    ((project_id, key, generation, absent, instance_id, unproven, is_free),) = found
+    tables.changed("domain", report.id, project_id)
+    operation_id = _begun_by(key)
+    if status.steps and operation_id and status.desired_generation == generation:
         workflows.save_trace(shared, operation_id, 1, list(status.steps))
-        tables.changed("operation", operation_id, row.project_id)
-    if row.unproven:
+        tables.changed("operation", operation_id, project_id)
+    if unproven:
         # Boots since the backup was taken count: the next one asked for is to be a higher one.
-        missed = (Instance.id == row.instance_id) & (Instance.boot_number < status.boot_number)
+        missed = (Instance.id == instance_id) & (Instance.boot_number < status.boot_number)
         Instance.update(boot_number=status.boot_number).where(missed).execute()
-    _follow_domain(row, status)
+    if is_free and not absent:
+        _follow_domain(instance_id, report.id, state, status.reason)
+
+
+def _reported(values: Sequence[Any]) -> Any:
+    """Return the statement that records a report, with no row of it if the report is not to count.
+
+    It tells, too, whether the instance is free: while an operation works on it, and that is when
+    hosts report most, there is nothing to follow.
+    """
+    id_, host_id, incarnation, sequence, generation, removed, state, reason, error, moment = values
+    newer = (Domain.incarnation < incarnation) | (
+        (Domain.incarnation == incarnation) & (Domain.sequence < sequence)
+    )
+    free = Instance.select(Instance.id).where(
+        (Instance.id == Domain.instance_id) & (Instance.domain_id == Domain.id) & _is_free()
+    )
+    reached = (Domain.observed_generation < generation, generation)
+    gone = (Domain.absent & (Domain.generation <= removed), moment)
+    return (
+        Domain.update(
+            incarnation=incarnation,
+            sequence=sequence,
+            state=state,
+            reason=reason,
+            error=error,
+            observed_generation=peewee.Case(None, [reached], Domain.observed_generation),
+            absent_time=peewee.Case(None, [gone], Domain.absent_time),
+        )
+        .where((Domain.id == id_) & (Domain.host_id == host_id) & newer)
+        .returning(
+            Domain.project_id,
+            Domain.operation_id,
+            Domain.generation,
+            Domain.absent,
+            Domain.instance_id,
+            Domain.unproven,
+            peewee.fn.EXISTS(free),
+        )
+    )
+
+
+def _is_free() -> Any:
+    """Return the condition that no operation works on an instance, nor ever will."""
+    return (Instance.operation_id == "") & Instance.delete_time.is_null()
+
+
+_REPORTED = Kept(_reported)
 
 
 def _begun_by(key: str) -> str:
@@ -131,17 +177,17 @@ def _begun_by(key: str) -> str:
     return key.partition("/")[0]
 
 
-def _follow_domain(row: Any, status: domain_pb2.DomainStatus) -> None:
+def _follow_domain(instance_id: str, domain_id: str, observed: str, reason: str) -> None:
     """Let the instance follow its domain, where no operation works on it."""
-    state = _INSTANCE_STATES.get(row.state)
-    if row.absent or state is None:
+    state = _INSTANCE_STATES.get(observed)
+    if state is None:
         return
-    instance = next(iter(_FREE.rows([row.instance_id], [row.id])), None)
+    instance = next(iter(_FREE.rows([instance_id], [domain_id])), None)
     if instance is None:
         return
     if instance.state == "ERROR" and instance.launch_time is None:
         return  # it was never built
-    reason = status.reason or ("the host has lost the domain" if row.state == "ABSENT" else "")
+    reason = reason or ("the host has lost the domain" if observed == "ABSENT" else "")
     if (instance.state, instance.power_reason) != (state, reason):
         # A guest that has shut itself down is to stay so when its host looks again.
         power = "SHUTOFF" if state == "SHUTOFF" else "RUNNING"
@@ -152,10 +198,7 @@ _FREE = Prepared(
     Instance,
     lambda ids, domain_ids: locked(
         Instance.select().where(
-            (Instance.id == ids[0])
-            & (Instance.domain_id == domain_ids[0])
-            & (Instance.operation_id == "")
-            & Instance.delete_time.is_null()
+            (Instance.id == ids[0]) & (Instance.domain_id == domain_ids[0]) & _is_free()
         )
     ),
 )
@@ -174,19 +217,33 @@ def end_operation(job: workflows.Job, **values: Any) -> Instance:
 
     An operation that was pre-empted by a delete changes nothing of what that has begun.
     """
-    instance = Instance.find_locked(job.resource_id)
-    assert instance is not None, "it stays while an operation works on it"
-    if instance.operation_id == job.operation_id:
-        values["operation_id"] = ""
-    elif instance.delete_time is not None:
-        values.pop("state", None)
-    for name, value in values.items():
-        setattr(instance, name, value)
-    instance.version += 1
-    instance.update_time = database.now()
-    instance.save()
+    names = tuple(values)
+    end = _ENDS.get(names) or _ENDS.setdefault(names, _ending(names))
+    known = [job.resource_id, job.operation_id, database.now()]
+    (instance,) = end.rows(known, [*values.values()])  # it stays while an operation works on it
     tables.changed("instance", instance.id, instance.project_id)
-    return instance
+    return cast(Instance, instance)
+
+
+def _ending(names: Sequence[str]) -> Prepared:
+    """Return the statement that writes these columns of an instance whose operation ends."""
+
+    def build(known: Sequence[Any], values: Sequence[Any]) -> Any:
+        id_, operation_id, moment = known
+        mine = Instance.operation_id == operation_id
+        columns: dict[str, Any] = dict(zip(names, values, strict=True))
+        if "state" in columns:
+            not_preempted = (mine | Instance.delete_time.is_null(), columns["state"])
+            columns["state"] = peewee.Case(None, [not_preempted], Instance.state)
+        columns["operation_id"] = peewee.Case(None, [(mine, "")], Instance.operation_id)
+        columns["version"] = Instance.version + 1
+        columns["update_time"] = moment
+        return Instance.update(columns).where(Instance.id == id_).returning(Instance)
+
+    return Prepared(Instance, build)
+
+
+_ENDS: dict[tuple[str, ...], Prepared] = {}  # by the columns that they write
 
 
 def add_volume(job: workflows.Job, volume: dict[str, Any]) -> int:
@@ -228,6 +285,19 @@ def get_instance(id_: str) -> Instance:
 def find_domain(id_: str) -> Domain | None:
     """Return a domain's row."""
     return Domain.find(id_)
+
+
+def find_progress(id_: str) -> Domain | None:
+    """Return of a domain's row how far its host is."""
+    return next(iter(_PROGRESS.rows([id_])), None)
+
+
+_PROGRESS = Prepared(
+    Domain,
+    lambda ids: Domain.select(
+        Domain.absent, Domain.absent_time, Domain.observed_generation, Domain.state, Domain.error
+    ).where(Domain.id == ids[0]),
+)
 
 
 def domain_error(row: Domain) -> errors.Error | None:
@@ -312,40 +382,40 @@ def _retire_domain(job: workflows.Job, domain_id: str) -> Domain:
     )
 
 
-def count_build(domain_id: str, *, failed: bool) -> None:
-    """Remember builds that a host refused, one after the other; the scheduler avoids such hosts."""
-    count = _FAILED if failed else _BUILT
-    for (host_id,) in count.run(Host._meta.database, [domain_id]):
+def count_failure(domain_id: str) -> None:
+    """Remember that a host has refused a build; the scheduler avoids hosts that refuse them."""
+    host_of = Domain.select(Domain.host_id).where(Domain.id == domain_id)
+    count: Any = Host.update(failure_count=Host.failure_count + 1).where(Host.id.in_(host_of))
+    for (host_id,) in count.returning(Host.id).tuples().execute():
         tables.changed("host", host_id, "")
 
 
-def _its_host(domain_id: Any) -> Any:
-    return Host.id.in_(Domain.select(Domain.host_id).where(Domain.id == domain_id))
-
-
-_FAILED = Kept(
-    lambda ids: (
-        Host.update(failure_count=Host.failure_count + 1)
-        .where(_its_host(ids[0]))
-        .returning(Host.id)
-    )
-)
-_BUILT = Kept(
-    lambda ids: (
-        Host.update(failure_count=0)
-        .where(_its_host(ids[0]) & (Host.failure_count > 0))
-        .returning(Host.id)
-    )
-)
+def forget_failures(host_id: str) -> None:
+    """Forget the builds that a host has refused: only those one after the other count."""
+    refused = (Host.id == host_id) & (Host.failure_count > 0)
+    if Host.update(failure_count=0).where(refused).execute():
+        tables.changed("host", host_id, "")
 
 
 def release_claim(job: workflows.Job, domain_id: str) -> None:
     """Give the room back; nothing happens if none is held."""
     require_lease(job)
-    row = Claim.get_or_none(Claim.domain_id == domain_id)
-    if row is not None:
-        row.delete_instance()
-        tables.changed("host", row.host_id, "")
+    for (host_id,) in _RELEASED.run(Claim._meta.database, [domain_id]):
+        tables.changed("host", host_id, "")
+
+
+_RELEASED = Kept(
+    lambda ids: Claim.delete().where(Claim.domain_id == ids[0]).returning(Claim.host_id)
+)
+
+# What of an instance its domain's spec is made of.
+_OF_INSTANCE = (
+    Instance.id, Instance.project_id, Instance.spec, Instance.name, Instance.hostname,
+    Instance.vcpu_count, Instance.memory_mib, Instance.disk_gib, Instance.image_id, Instance.image,
+    Instance.nics, Instance.volumes, Instance.flavor_name, Instance.key_pair_name,
+    Instance.public_key, Instance.power_state, Instance.boot_number, Instance.hard_reboot,
+)  # fmt: skip
+_NAMES = [field.name for field in _OF_INSTANCE]
 
 
 def _placed(domain_ids: Sequence[str], host_ids: Sequence[str]) -> Any:
@@ -357,11 +427,12 @@ def _placed(domain_ids: Sequence[str], host_ids: Sequence[str]) -> Any:
             Domain.generation,
             Domain.absent,
             Domain.operation_id,
-            Domain.instance_id,
             Host.availability_zone,
             operation.trace_id,
+            *_OF_INSTANCE,
         )
         .join(Host, on=(Host.id == Domain.host_id))
+        .join(Instance, on=(Instance.id == Domain.instance_id))
         .join(
             operation,
             JOIN.LEFT_OUTER,
@@ -392,10 +463,10 @@ def domain_spec(
     found = _PLACED.rows([request.domain_id], [host_id])
     if not found:
         raise errors.NotFound("DOMAIN_NOT_FOUND", f"there is no domain {request.domain_id} here")
-    row_id, generation, absent, operation_id, instance_id, zone, trace_id = found[0]
+    row_id, generation, absent, operation_id, zone, trace_id, *values = found[0]
     if absent:
         raise errors.WrongState("DOMAIN_ABSENT", f"domain {row_id} is to be removed")
-    instance = Instance.get_by_id(instance_id)
+    instance = SimpleNamespace(**dict(zip(_NAMES, values, strict=True)))
     traceparent = f"00-{trace_id}-{trace_id[:16]}-01" if trace_id else ""
     spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
     keys = []

@@ -142,10 +142,10 @@ class Select(peewee.ModelSelect):
 
 
 class Prepared:
-    """A select of the busiest paths, that is built once for each number of values.
+    """A query of the busiest paths that yields rows, built once for each number of values.
 
     Args:
-        model: whose rows it reads.
+        model: whose rows it reads, or changes and returns.
         build: makes the query of lists of values.
     """
 
@@ -211,9 +211,10 @@ _PLANS: dict[Any, tuple[Make | None, list[Any]]] = {}
 def _plan(state: dict[str, Any]) -> Make | None:
     """Return what a row becomes; None: peewee is to find that out."""
     model, fields, kind = state["model"], state["_returning"], state["_row_type"]
-    if kind != peewee.ROW.TUPLE and (state["_joins"] or state.get("_load_tree")):
+    if kind != peewee.ROW.TUPLE and (state.get("_joins") or state.get("_load_tree")):
         return None
-    key = (model, kind, None if state["_is_default"] else tuple([id(each) for each in fields]))
+    is_default = state.get("_is_default")  # of a select
+    key = (model, kind, None if is_default else tuple([id(each) for each in fields]))
     found = _PLANS.get(key)
     if found is None:
         if len(_PLANS) > _MOST_PLANS:
