@@ -10,7 +10,15 @@ import peewee
 
 from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
 from mcloud_base import errors
-from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, Placement, shared
+from mcloud_controlplane.compute.model import (
+    Claim,
+    Domain,
+    Host,
+    Instance,
+    Placement,
+    locked,
+    shared,
+)
 from mcloud_controlplane.core import convert, database, statements, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.statements import Kept
@@ -43,10 +51,17 @@ class Claimed:
     hosts: dict[str, HostRecord]
 
 
+def _held(ids: Sequence[str]) -> Any:
+    table: Any = shared.operation
+    query = table.select(table.id, table.lease_number).where(table.id.in_(ids))
+    return locked(query.order_by(table.id))
+
+
+_LEASES = Kept(_held)
 _DOMAINS = Kept(lambda ids: Domain.select(Domain.id).where(Domain.id.in_(ids)))
 _ATTEMPTS = Kept(
     lambda ids: (
-        Placement.select(Placement.domain_id, peewee.fn.COUNT(Placement.attempt))
+        Placement.select(Placement.domain_id, peewee.fn.MAX(Placement.attempt))
         .where(Placement.domain_id.in_(ids))
         .group_by(Placement.domain_id)
     )
@@ -61,12 +76,16 @@ _CLAIMS = Kept(
     )
 )  # fmt: skip
 _QUEUED = Kept(
-    lambda *rows: Domain.insert_many(
-        rows,
-        fields=[
-            Domain.id, Domain.instance_id, Domain.project_id, Domain.host_id,
-            Domain.operation_id, Domain.generation, Domain.create_time,
-        ],
+    lambda *rows: (
+        Domain.insert_many(
+            rows,
+            fields=[
+                Domain.id, Domain.instance_id, Domain.project_id, Domain.host_id,
+                Domain.operation_id, Domain.generation, Domain.create_time,
+            ],
+        )
+        .on_conflict_ignore()
+        .returning(Domain.id)
     )
 )  # fmt: skip
 _PLACED = Kept(
@@ -82,12 +101,16 @@ _PLACED = Kept(
     )
 )
 _EXPLAINED = Kept(
-    lambda *rows: Placement.insert_many(
-        rows,
-        fields=[
-            Placement.domain_id, Placement.attempt, Placement.instance_id,
-            Placement.explanation, Placement.time,
-        ],
+    lambda *rows: (
+        Placement.insert_many(
+            rows,
+            fields=[
+                Placement.domain_id, Placement.attempt, Placement.instance_id,
+                Placement.explanation, Placement.time,
+            ],
+        )
+        .on_conflict_ignore()
+        .returning(Placement.domain_id)
     )
 )  # fmt: skip
 
@@ -104,6 +127,9 @@ def claim(
     20). Before the hosts, server groups with a hard rule are locked and their members counted, just
     so. Rows of a kind are locked in the order of their ids.
 
+    That a domain is there already, its claim with it or removed, is seen when it cannot be queued;
+    or looked for where there is no room, which its own claim may have taken.
+
     Args:
         wishes: each for another domain.
         wait: for whoever has a host's row locked; otherwise that host counts as taken.
@@ -113,26 +139,34 @@ def claim(
         errors.Conflict: STALE_LEASE.
         errors.WrongState: ID_RETIRED, the domain was removed already.
     """
-    settled = _settled(opened, [wish.request for wish in wishes])
+    settled = _overtaken(opened, [wish.request for wish in wishes])
     open_ = [wish for wish in wishes if wish.request.domain_id not in settled]
     wanted = {wish.host_id for wish in open_}
     named = {wish.request.server_group_id for wish in open_} - {""}
     groups = server_group_store.lock(opened, named, wanted) if named else {}
     hosts = store.lock_hosts(opened, settings, wanted, wait=wait) if wanted else {}
-    moment = database.now()
-    granted = []
+    draft, fitting = dict(hosts), []
     for wish in open_:
-        host, need = hosts.get(wish.host_id), resources(wish.request.resources)
+        host, need = draft.get(wish.host_id), resources(wish.request.resources)
         group = groups.get(wish.request.server_group_id)
         if host is None or not host.has_room(need):
             settled[wish.request.domain_id] = TAKEN
-            continue
-        if group is not None and not group.admits(host.id):
+        elif group is not None and not group.admits(host.id):
             settled[wish.request.domain_id] = RULE_BROKEN
-            continue
-        hosts[host.id] = host.claiming(need)
-        if group is not None:
-            group.add(host.id)
+        else:
+            draft[host.id] = host.claiming(need)
+            if group is not None:
+                group.add(host.id)
+            fitting.append(wish)
+    moment = database.now()
+    queued = _queue(opened, fitting, moment)
+    settled |= _earlier(
+        opened, [wish.request.domain_id for wish in open_ if wish.request.domain_id not in queued]
+    )
+    granted = [wish for wish in fitting if wish.request.domain_id in queued]
+    for wish in granted:
+        host = hosts[wish.host_id]
+        hosts[host.id] = host.claiming(resources(wish.request.resources))
         settled[wish.request.domain_id] = placement_pb2.Claim(
             domain_id=wish.request.domain_id,
             host_id=host.id,
@@ -141,10 +175,10 @@ def claim(
             create_time=convert.timestamp(moment),
         )
         wish.explanation.chosen_host_id, wish.explanation.chosen_host_name = host.id, host.name
-        granted.append(wish)
     if granted:
         _record(opened, granted, moment)
-    return Claimed([settled[wish.request.domain_id] for wish in wishes], hosts)
+    # What does not fit beside another domain of its instance has to go elsewhere.
+    return Claimed([settled.get(wish.request.domain_id, TAKEN) for wish in wishes], hosts)
 
 
 def resources(found: placement_pb2.Resources) -> Resources:
@@ -177,64 +211,90 @@ def record_placements(
         tuple[placement_service_pb2.SelectDestinationsRequest, placement_pb2.PlacementExplanation]
     ],
 ) -> None:
-    """Store the explanations of attempts, successful or not; each for another domain."""
+    """Store the explanations of attempts, successful or not; each for another domain.
+
+    Most are the first of their domain: the number is looked for where that has one already.
+    """
     moment = database.now()
-    ids = [request.domain_id for request, _ in attempts]
-    earlier = dict(_ATTEMPTS.run(opened.peewee, ids))
-    rows = []
-    for request, explanation in attempts:
-        number = 1 + earlier.get(request.domain_id, 0)
-        explanation.domain_id, explanation.attempt = request.domain_id, number
-        explanation.time.CopyFrom(convert.timestamp(moment))
-        text = explanation.SerializeToString()
-        rows.append((request.domain_id, number, request.instance_id, text, moment))
-    _insert(opened, _EXPLAINED, rows)
+    left, earlier = list(attempts), dict[str, int]()
+    while left:
+        rows = []
+        for request, explanation in left:
+            number = 1 + earlier.get(request.domain_id, 0)
+            explanation.domain_id, explanation.attempt = request.domain_id, number
+            explanation.time.CopyFrom(convert.timestamp(moment))
+            text = explanation.SerializeToString()
+            rows.append((request.domain_id, number, request.instance_id, text, moment))
+        stored = _insert(opened, _EXPLAINED, rows)
+        left = [each for each in left if each[0].domain_id not in stored]
+        if left:
+            ids = [request.domain_id for request, _ in left]
+            earlier = dict(_ATTEMPTS.run(opened.peewee, ids))
 
 
-def _settled(
+def _overtaken(
     opened: Database, requests: Sequence[placement_service_pb2.SelectDestinationsRequest]
 ) -> dict[str, Outcome]:
-    """Return, by domain, what needs no host: overtaken runners, repeats, domains that are gone."""
-    settled: dict[str, Outcome] = {}
-    leases: dict[str, int] = {}
-    if operation_ids := {request.operation_id for request in requests} - {""}:
-        table = shared.operation
-        query = table.select(table.id, table.lease_number).where(table.id.in_(list(operation_ids)))
-        leases = dict(opened.locked(query.order_by(table.id)).tuples())
-    ids = [request.domain_id for request in requests]
-    domains = {id_ for (id_,) in _DOMAINS.run(opened.peewee, ids)}  # a claim has one
+    """Lock the operations; return, by domain, the refusals of runners that were overtaken."""
+    operation_ids = {request.operation_id for request in requests} - {""}
+    if not operation_ids:
+        return {}
+    leases = dict(_LEASES.run(opened.peewee, list(operation_ids)))
+    return {
+        request.domain_id: errors.Conflict(
+            "STALE_LEASE",
+            f"another runner works on {request.operation_id}",
+            id=request.operation_id,
+        )
+        for request in requests
+        if leases.get(request.operation_id, request.lease_number) != request.lease_number
+    }
+
+
+def _queue(opened: Database, wishes: Sequence[Wish], moment: int) -> set[str]:
+    """Queue domains on their hosts; return those that were not there."""
+    rows = [
+        (
+            wish.request.domain_id, wish.request.instance_id, wish.request.project_id,
+            wish.host_id, wish.request.operation_id, 1, moment,
+        )
+        for wish in wishes
+    ]  # fmt: skip
+    return _insert(opened, _QUEUED, rows)
+
+
+def _earlier(opened: Database, domain_ids: Sequence[str]) -> dict[str, Outcome]:
+    """Return, of those of these domains that are there, the claim, or that it was removed."""
+    if not domain_ids:
+        return {}
+    domains = {id_ for (id_,) in _DOMAINS.run(opened.peewee, domain_ids)}  # a claim has one
     claims = find_claims(domains) if domains else {}
-    for request in requests:
-        id_, operation_id = request.domain_id, request.operation_id
-        if leases.get(operation_id, request.lease_number) != request.lease_number:
-            settled[id_] = errors.Conflict(
-                "STALE_LEASE", f"another runner works on {operation_id}", id=operation_id
-            )
-        elif id_ in claims:
-            settled[id_] = claims[id_]
-        elif id_ in domains:
-            settled[id_] = errors.WrongState("ID_RETIRED", f"domain {id_} has been removed", id=id_)
-    return settled
+    return {
+        id_: claims.get(id_)
+        or errors.WrongState("ID_RETIRED", f"domain {id_} has been removed", id=id_)
+        for id_ in domains
+    }
 
 
 def _record(opened: Database, granted: Sequence[Wish], moment: int) -> None:
-    """Write the claims, and what goes with them: domains, instances, explanations, changes."""
-    claims, domains = [], []
+    """Write the claims of domains that are queued, and what goes with them."""
+    claims = []
     for wish in granted:
         request, need = wish.request, wish.request.resources
         key = (request.domain_id, request.instance_id)
         room = (need.vcpu_count, need.memory_mib, need.disk_gib)
         claims.append((*key, wish.host_id, *room, moment, request.server_group_id or None))
-        domains.append((*key, request.project_id, wish.host_id, request.operation_id, 1, moment))
         tables.changed("host", wish.host_id, "")
         tables.changed("domain", request.domain_id, request.project_id, "ADDED")
         tables.changed("instance", request.instance_id, request.project_id)
     _insert(opened, _CLAIMS, claims)
-    _insert(opened, _QUEUED, domains)
     _PLACED.run(opened.peewee, [moment], [wish.request.domain_id for wish in granted])
     record_placements(opened, [(wish.request, wish.explanation) for wish in granted])
 
 
-def _insert(opened: Database, kept: Kept, rows: Sequence[tuple[Any, ...]]) -> None:
+def _insert(opened: Database, kept: Kept, rows: Sequence[tuple[Any, ...]]) -> set[str]:
+    """Write rows; return what the statement says of those that were written, if it does."""
+    written: set[str] = set()
     for some in peewee.chunked(rows, statements.MOST_ROWS):
-        kept.run(opened.peewee, *some)
+        written.update(id_ for (id_,) in kept.run(opened.peewee, *some))
+    return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,11 +32,10 @@ def load_hosts(
     settings: Settings, found: Collection[str] | None
 ) -> Mapping[str, HostRecord | None]:
     """Return what is recorded of hosts: of all (None), or of these; None for one that is gone."""
-    hosts, sums = _hosts(), _sums()
+    hosts = _hosts()
     if found is not None:
         hosts = hosts.where(Host.id.in_(list(found)))
-        sums = sums.where(Claim.host_id.in_(list(found)))
-    return {**dict.fromkeys(found or ()), **_records(settings, hosts.tuples(), sums.tuples())}
+    return {**dict.fromkeys(found or ()), **_records(settings, hosts.tuples())}
 
 
 def lock_hosts(
@@ -47,40 +46,43 @@ def lock_hosts(
     Args:
         wait: for whoever has one locked; otherwise that one is left out, too.
     """
-    lock = _LOCK if wait else _LOCK_OR_SKIP
-    rows = lock.run(opened.peewee, list(found))
-    sums = _SUMS.run(opened.peewee, list(found))  # not before the hosts are locked
-    return _records(settings, rows, sums)
+    ids = list(found)
+    if opened.is_postgresql:  # what is claimed is added up by a statement that begins afterwards
+        lock = _LOCK if wait else _LOCK_OR_SKIP
+        ids = [id_ for (id_,) in lock.run(opened.peewee, ids)]
+    return _records(settings, _THESE.run(opened.peewee, ids)) if ids else {}
 
 
 def _hosts() -> Any:
-    return Host.select(*_KNOWN).where(Host.delete_time.is_null())
-
-
-def _sums() -> Any:
+    """Return the query for hosts, each with the sums of its claims."""
     fn = peewee.fn
-    return Claim.select(
-        Claim.host_id,
-        fn.SUM(Claim.vcpu_count),
-        fn.SUM(Claim.memory_mib),
-        fn.SUM(Claim.disk_gib),
+    sums = (
+        fn.COALESCE(fn.SUM(Claim.vcpu_count), 0),
+        fn.COALESCE(fn.SUM(Claim.memory_mib), 0),
+        fn.COALESCE(fn.SUM(Claim.disk_gib), 0),
         fn.COUNT(Claim.domain_id),
-    ).group_by(Claim.host_id)
+    )
+    return (
+        Host.select(*_KNOWN, *sums)
+        .join(Claim, peewee.JOIN.LEFT_OUTER, on=(Claim.host_id == Host.id))
+        .where(Host.delete_time.is_null())
+        .group_by(Host.id)
+    )
 
 
-_LOCK = Kept(lambda ids: locked(_hosts().where(Host.id.in_(ids)).order_by(Host.id)))
-_LOCK_OR_SKIP = Kept(
-    lambda ids: locked_or_skipped(_hosts().where(Host.id.in_(ids)).order_by(Host.id))
-)
-_SUMS = Kept(lambda ids: _sums().where(Claim.host_id.in_(ids)))
+def _rows(ids: Sequence[str]) -> Any:
+    return Host.select(Host.id).where(Host.id.in_(ids)).order_by(Host.id)
 
 
-def _records(settings: Settings, rows: Iterable[Any], sums: Iterable[Any]) -> dict[str, HostRecord]:
-    claimed = {host: (float(v), float(m), float(d), int(n)) for host, v, m, d, n in sums}
+_THESE = Kept(lambda ids: _hosts().where(Host.id.in_(ids)))
+_LOCK = Kept(lambda ids: locked(_rows(ids)))
+_LOCK_OR_SKIP = Kept(lambda ids: locked_or_skipped(_rows(ids)))
+
+
+def _records(settings: Settings, rows: Iterable[Any]) -> dict[str, HostRecord]:
     records = {}
-    for values in rows:
+    for *values, vcpus, memory, disk, count in rows:
         row = SimpleNamespace(**dict(zip(_NAMES, values, strict=True)))
-        vcpus, memory, disk, count = claimed.get(row.id, (0.0, 0.0, 0.0, 0))
         records[row.id] = HostRecord(
             id=row.id,
             name=row.name,
@@ -88,7 +90,7 @@ def _records(settings: Settings, rows: Iterable[Any], sums: Iterable[Any]) -> di
             zone=row.availability_zone,
             arch=row.cpu_arch,
             limit=limits(settings, row),
-            claimed=(vcpus, memory, disk),
+            claimed=(float(vcpus), float(memory), float(disk)),
             instance_count=count,
             failure_count=row.failure_count,
             report_time=row.report_time,
@@ -136,16 +138,22 @@ def changed_hosts(after: int | None) -> tuple[int, set[str] | None]:
 
     It is all, too, where the log does not reach back that far any more (core/pruner.py).
     """
-    head = shared.revision()
-    oldest = shared.change.select(peewee.fn.MIN(shared.change.revision)).scalar()
-    if after is None or (after < head and (oldest is None or after + 1 < oldest)):
-        return head, None
-    rows = (
-        shared.change.select(shared.change.resource_id)
-        .where((shared.change.revision > after) & (shared.change.type == "host"))
-        .distinct()
-    )
-    return head, {row.resource_id for row in rows}
+    if after is None:
+        return shared.revision(), None
+    rows = database.execute(_CHANGED_HOSTS, [after]).fetchall()
+    head, oldest, _ = rows[0]
+    if after < head and (oldest is None or after + 1 < oldest):
+        return int(head), None
+    return int(head), {id_ for _, _, id_ in rows if id_ is not None}
+
+
+# One statement, so that the revision is that of the changes; a row at least.
+_CHANGED_HOSTS = """
+    SELECT DISTINCT deployment.revision, (SELECT MIN(revision) FROM change), change.resource_id
+    FROM deployment
+    LEFT JOIN change ON change.type = 'host' AND change.revision > ?
+    WHERE deployment.id = 1
+"""
 
 
 def take_report_stream(host_id: str, report: placement_service_pb2.ReportHostRequest) -> int:
