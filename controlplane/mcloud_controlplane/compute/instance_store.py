@@ -28,6 +28,7 @@ from mcloud_controlplane.compute.model import Domain, Host, Instance, Placement,
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
 from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.mutation import Mutation
+from mcloud_controlplane.core.statements import Kept
 
 State = instance_pb2.InstanceStatus.State
 
@@ -145,11 +146,7 @@ def get(caller: auth.Caller, id_: str, *, deleted: bool = False, lock: bool = Fa
     Raises:
         errors.NotFound: INSTANCE_NOT_FOUND.
     """
-    row: Instance | None = None
-    if lock:
-        row = locked(Instance.select().where(Instance.id == id_)).first()
-    else:
-        row = Instance.find(id_)
+    row = Instance.find_locked(id_) if lock else Instance.find(id_)
     if row is None or not caller.sees(row.project_id) or (row.delete_time and not deleted):
         raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
     return row
@@ -243,7 +240,6 @@ def create(
         vcpus=count * size.vcpu_count,
         memory_mib=count * size.memory_mib,
     )
-    _require_free_names(project_id, names)
     moment = database.now()
     like = Instance(
         project_id=project_id,
@@ -311,7 +307,9 @@ def _create(work: Mutation, like: Instance, spec: instance_pb2.InstanceSpec, nam
             "operation_id": work.operation_id,
         }
     )
-    row.save(force_insert=True)
+    values = [row.__data__.get(name) for name in Instance._meta.sorted_field_names]
+    if not _INSERT.run(Instance._meta.database, values):
+        raise _name_taken(name)
     work.concerns("instance", row.id, row.name, row.project_id)
     tables.changed("instance", row.id, row.project_id, "ADDED")
     if not work.validate_only:
@@ -362,28 +360,19 @@ def _check_spec(spec: instance_pb2.InstanceSpec, count: int) -> None:
             raise errors.bad_field(what, "the same one is named twice")
 
 
-_TAKEN = Prepared(
-    Instance,
-    lambda projects, names: (
-        Instance.select(Instance.name)
-        .where(
-            (Instance.project_id == projects[0])
-            & Instance.name.in_(names)
-            & Instance.delete_time.is_null()
-        )
-        .order_by(Instance.create_time)
-        .limit(1)
-        .tuples()
-    ),
+# Without a row if the project has a living instance of that name.
+_INSERT = Kept(
+    lambda values: (
+        Instance.insert(dict(zip(Instance._meta.sorted_fields, values, strict=True)))
+        .on_conflict_ignore()
+        .returning(Instance.id)
+    )
 )
 
 
-def _require_free_names(project_id: str, names: Sequence[str]) -> None:
-    for (name,) in _TAKEN.rows([project_id], names):
-        raise errors.AlreadyExists(
-            "INSTANCE_NAME_TAKEN", f"the project has an instance {name}; choose another name",
-            name=name,
-        )  # fmt: skip
+def _name_taken(name: str) -> errors.AlreadyExists:
+    text = f"the project has an instance {name}; choose another name"
+    return errors.AlreadyExists("INSTANCE_NAME_TAKEN", text, name=name)
 
 
 def _project(caller: auth.Caller) -> str:
@@ -413,7 +402,9 @@ def update(
     """Change the name or the labels."""
     row = get(work.caller, request.id, lock=True)
     if "name" in request.update_mask.paths and request.name != row.name:
-        _require_free_names(row.project_id, [request.name])
+        same = (Instance.project_id == row.project_id) & (Instance.name == request.name)
+        if Instance.select().where(same & Instance.delete_time.is_null()).exists():
+            raise _name_taken(request.name)
     convert.apply_mask(row, request, instance_pb2.InstanceSpec, ("name", "labels"))
     row.save()
     work.concerns("instance", row.id, row.name, row.project_id)
@@ -427,8 +418,8 @@ def delete(
     """Free name and quota at once, stop whatever works on the instance, and leave the rest."""
     table = shared.operation
     in_the_way = get(work.caller, request.id).operation_id
-    # Runners lock their operation, then the instance: so does this.
-    locked(table.select(table.id).where(table.id == in_the_way)).first()
+    if in_the_way:  # runners lock their operation, then the instance: so does this
+        locked(table.select(table.id).where(table.id == in_the_way)).first()
     row = get(work.caller, request.id, lock=True)
     convert.require_version(row, request.resource_version)
     work.concerns("instance", row.id, row.name, row.project_id)
