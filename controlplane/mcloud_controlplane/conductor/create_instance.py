@@ -144,8 +144,10 @@ class CreateInstance:
 
     async def remove_domain(self, job: Job) -> None:
         """Undo 5 to 16. Have the host remove the domain, then give the room back."""
+        instance = await self._database.read_few(store.get_instance, job.resource_id)
+        domain_id = job.data["domain_id"]
         try:
-            await self._domains.remove(job, job.data["domain_id"], timeout_s=left(job, REMOVE_S))
+            await self._domains.remove(job, instance, domain_id, timeout_s=left(job, REMOVE_S))
         except HostSilent as error:
             job.data["held"] = job.detail = error.message
         except errors.Unavailable as error:
@@ -247,12 +249,9 @@ def _record_reserved(
                 "addresses": [fixed.ip_address for fixed in port.status.fixed_ips],
             }
         )
-    store.set_instance(
-        instance.id,
-        nics=nics,
-        image={
-            "sha256": image.status.sha256,
-            "format": contract.enum_name(image.spec.disk_format, image_pb2.DiskFormat).lower(),
-            "size_bytes": image.status.size_bytes,
-        },
-    )
+    known = {
+        "sha256": image.status.sha256,
+        "format": contract.enum_name(image.spec.disk_format, image_pb2.DiskFormat).lower(),
+        "size_bytes": image.status.size_bytes,
+    }
+    store.record_reserved(instance.id, nics, known)

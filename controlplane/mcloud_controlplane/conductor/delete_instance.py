@@ -6,13 +6,14 @@ deadline, everything on the host stays held, and the reclaimer goes on once it h
 
 from __future__ import annotations
 
+from typing import Any
+
 from mcloud_controlplane.compute import instance_store
 from mcloud_controlplane.compute.model import shared
 from mcloud_controlplane.conductor import store
 from mcloud_controlplane.conductor.create_instance import fail_instance, release_reservations
 from mcloud_controlplane.conductor.domains import REMOVE_S, Domains, left
 from mcloud_controlplane.conductor.neighbours import Neighbours
-from mcloud_controlplane.core import tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.workflow import Job, Step, Workflow
 
@@ -43,22 +44,23 @@ class DeleteInstance:
     async def remove_domain(self, job: Job) -> None:
         """2. Have the host remove the domain, then give back what belonged to it."""
         instance = await self._database.read_few(store.get_instance, job.resource_id)
+        job.known["instance"] = instance  # nothing else works on it any more
         domain_id = instance.domain_id or job.data.get("domain_id")
         if not domain_id:
             job.skip("it was on no host")
             return
-        await self._domains.remove(job, domain_id, timeout_s=left(job, REMOVE_S))
+        await self._domains.remove(job, instance, domain_id, timeout_s=left(job, REMOVE_S))
 
     async def release(self, job: Job) -> None:
         """3. Give back what was reserved: ports, attachments, the use of the image."""
-        instance = await self._database.read_few(store.get_instance, job.resource_id)
+        instance: Any = job.known.get("instance")
+        if instance is None:  # another process has removed the domain
+            instance = await self._database.read_few(store.get_instance, job.resource_id)
         await release_reservations(self._neighbours, job, instance)
 
     def succeed(self, job: Job) -> None:
         """Mark the instance DELETED."""
-        store.set_instance(job.resource_id, state="DELETED", operation_id="", reserved=False)
-        tables.changed("instance", job.resource_id, job.project_id, "DELETED")
-        job.response = instance_store.get_message(job.resource_id)
+        job.response = instance_store.messages([store.end_instance(job.resource_id)])[0]
 
     def fail(self, job: Job) -> None:
         """Leave the rest to the reclaimer."""

@@ -48,7 +48,9 @@ class Domains:
 
         await self._until(domain_id, look, timeout_s)
 
-    async def remove(self, job: Job, domain_id: str, *, timeout_s: float = REMOVE_S) -> None:
+    async def remove(
+        self, job: Job, instance: Any, domain_id: str, *, timeout_s: float = REMOVE_S
+    ) -> None:
         """Have a domain removed by its host and give back what belongs to it.
 
         Repeatable; also where the claim was never made: its id is retired, so that it never will.
@@ -64,7 +66,6 @@ class Domains:
             return True if current is None or current.absent_time is not None else None
 
         await self._until(domain_id, look, timeout_s)
-        instance = await self._database.read_few(store.get_instance, job.resource_id)
         await self.release(job, instance, domain_id)
 
     async def release(self, job: Job, instance: Any, domain_id: str) -> None:

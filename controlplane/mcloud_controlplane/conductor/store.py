@@ -212,6 +212,24 @@ def set_instance(id_: str, **values: Any) -> None:
     tables.changed("instance", id_, project_id)
 
 
+def record_reserved(id_: str, nics: Sequence[Any], image: Mapping[str, Any]) -> None:
+    """Keep what is known of an instance once it has its ports and its image. Within a unit."""
+    values = [nics, image, database.now()]
+    ((project_id,),) = _RESERVED.run(Instance._meta.database, [id_], values)
+    tables.changed("instance", id_, project_id)
+
+
+_RESERVED = Kept(
+    lambda ids, values: (
+        Instance.update(
+            nics=values[0], image=values[1], update_time=values[2], version=Instance.version + 1
+        )
+        .where(Instance.id == ids[0])
+        .returning(Instance.project_id)
+    )
+)
+
+
 def end_operation(job: workflows.Job, **values: Any) -> Instance:
     """Change an instance's row as its operation ends, free it and return it. Within a unit.
 
@@ -244,6 +262,29 @@ def _ending(names: Sequence[str]) -> Prepared:
 
 
 _ENDS: dict[tuple[str, ...], Prepared] = {}  # by the columns that they write
+
+
+def end_instance(id_: str) -> Instance:
+    """Mark an instance DELETED, and return it. Within a unit."""
+    (instance,) = _DELETED.rows([id_, database.now()])
+    tables.changed("instance", id_, instance.project_id, "DELETED")
+    return cast(Instance, instance)
+
+
+_DELETED = Prepared(
+    Instance,
+    lambda values: (
+        Instance.update(
+            state="DELETED",
+            operation_id="",
+            reserved=False,
+            update_time=values[1],
+            version=Instance.version + 1,
+        )
+        .where(Instance.id == values[0])
+        .returning(Instance)
+    ),
+)
 
 
 def add_volume(job: workflows.Job, volume: dict[str, Any]) -> int:
@@ -315,12 +356,20 @@ def require_lease(job: workflows.Job) -> None:
     Raises:
         errors.Conflict: STALE_LEASE.
     """
-    table = shared.operation
-    mine = (table.id == job.operation_id) & (table.lease_number == job.lease_number)
-    if job.operation_id and not table.update(lease_number=job.lease_number).where(mine).execute():
+    held = [job.operation_id, job.lease_number]
+    if job.operation_id and not _KEEP.cursor(shared.operation._meta.database, held).rowcount:
         raise errors.Conflict(
             "STALE_LEASE", f"another runner works on {job.operation_id}", id=job.operation_id
         )
+
+
+def _keeping(held: Sequence[Any]) -> Any:
+    table = shared.operation
+    mine = (table.id == held[0]) & (table.lease_number == held[1])
+    return table.update(lease_number=held[1]).where(mine)
+
+
+_KEEP = Kept(_keeping)
 
 
 def change_instance(job: workflows.Job, **values: Any) -> None:
@@ -349,26 +398,34 @@ def desire(job: workflows.Job, domain_id: str, key: str = "", **instance_values:
     return int(row.generation)
 
 
-def desire_absent(job: workflows.Job, domain_id: str) -> Domain:
+def desire_absent(job: workflows.Job, domain_id: str) -> None:
     """Put a tombstone on a domain; where there is none yet, none can be made any more."""
     require_lease(job)
-    row: Domain | None = locked(Domain.select().where(Domain.id == domain_id)).first()
-    if row is None:
-        return _retire_domain(job, domain_id)
-    if not row.absent:
-        row.absent = True
-        row.generation += 1
-        row.operation_id = job.operation_id
-        row.error = None
-        row.save()
-        tables.changed("domain", domain_id, row.project_id)
-    return row
+    marked = _TOMBSTONE.run(Domain._meta.database, [domain_id, job.operation_id])
+    for (project_id,) in marked:
+        tables.changed("domain", domain_id, project_id)
+    row = None if marked else find_progress(domain_id)
+    if not marked and row is None:
+        _retire_domain(job, domain_id)
+    elif row is not None and not row.absent:  # it has been queued since the first look
+        desire_absent(job, domain_id)
 
 
-def _retire_domain(job: workflows.Job, domain_id: str) -> Domain:
+_TOMBSTONE = Kept(
+    lambda values: (
+        Domain.update(
+            absent=True, generation=Domain.generation + 1, operation_id=values[1], error=None
+        )
+        .where((Domain.id == values[0]) & ~Domain.absent)
+        .returning(Domain.project_id)
+    )
+)
+
+
+def _retire_domain(job: workflows.Job, domain_id: str) -> None:
     """Make it impossible that a claim for this domain, delayed, is made after its undo."""
     moment = database.now()
-    return Domain.create(
+    Domain.create(
         id=domain_id,
         instance_id=job.resource_id,
         project_id=job.project_id,
