@@ -74,14 +74,17 @@ def choose(
         weights[weigher.name] = raw
         scores += weigher.multiplier * scaled(raw)
     best = _best(np.round(scores, 9), numbers, turn % len(hosts), limit)
-    for place in best[:TOP]:
+    # As lists: to take one value out of an array takes as long as all of these.
+    chosen, top = numbers[best].tolist(), best[:TOP]
+    of_top = {name: raw[top].tolist() for name, raw in weights.items()}
+    for place, (number, score) in enumerate(zip(chosen, scores[top].tolist(), strict=False)):
         explanation.top_hosts.add(
-            host_id=hosts.ids[numbers[place]],
-            host_name=hosts.names[numbers[place]],
-            score=float(scores[place]),
-            weights={name: float(raw[place]) for name, raw in weights.items()},
+            host_id=hosts.ids[number],
+            host_name=hosts.names[number],
+            score=score,
+            weights={name: values[place] for name, values in of_top.items()},
         )
-    return Choice([hosts.ids[numbers[place]] for place in best], explanation)
+    return Choice([hosts.ids[number] for number in chosen], explanation)
 
 
 def _best(scores: Floats, numbers: Ints, turn: int, limit: int) -> Ints:

@@ -199,9 +199,10 @@ class Decisions:
         self._turn += 1
         need = self._need(request.message, groups)
         choice = choose.choose(hosts, need, turn=self._turn)
-        top_hosts = [*request.lost, *choice.explanation.top_hosts][: choose.TOP]
-        del choice.explanation.top_hosts[:]
-        choice.explanation.top_hosts.extend(top_hosts)
+        if request.lost:
+            top_hosts = [*request.lost, *choice.explanation.top_hosts][: choose.TOP]
+            del choice.explanation.top_hosts[:]
+            choice.explanation.top_hosts.extend(top_hosts)
         choice.explanation.duration_us = database.now() - request.queue_time
         request.explanation = choice.explanation
         return choice.candidates[0] if choice.candidates else None
