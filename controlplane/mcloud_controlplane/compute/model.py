@@ -149,6 +149,10 @@ Domain.add_index(
     Domain.instance_id, Domain.host_id, unique=True, where=Domain.absent_time.is_null()
 )
 Domain.add_index(Domain.host_id, Domain.generation)
+# What hosts have not reached, in the order in which they are told.
+Domain.add_index(
+    Domain.host_id, Domain.create_time, where=Domain.observed_generation < Domain.generation
+)
 
 
 class Host(Resource):
