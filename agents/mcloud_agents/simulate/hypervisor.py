@@ -76,7 +76,7 @@ class Hypervisor:
         if before is None:
             self.started_count += 1
         if after != before:
-            await self._put(spec.domain_id, after)
+            self._put(spec.domain_id, after)
         return after
 
     async def ensure_absent(self, domain_id: str, epoch: str, generation: int) -> None:
@@ -86,10 +86,10 @@ class Hypervisor:
             return
         if known.identity:
             check_generation(known.identity, epoch, generation)
-        await self._file.write(self._host, GUEST, domain_id, None)
-        if self._guests.pop(domain_id, None):
-            self.removed_count += 1
-            self._tell(known)
+        self._file.remove(self._host, GUEST, domain_id)
+        del self._guests[domain_id]
+        self.removed_count += 1
+        self._tell(known)
 
     async def resume(self, domain_id: str) -> Domain:
         """See Driver."""
@@ -98,7 +98,7 @@ class Hypervisor:
             raise NotFound("DOMAIN_NOT_FOUND", f"{domain_id} is not on this host")
         if known.state == State.STATE_PAUSED:
             known = replace(known, state=State.STATE_RUNNING, reason="")
-            await self._put(domain_id, known)
+            self._put(domain_id, known)
         return known
 
     async def list(self) -> builtins.list[Domain]:
@@ -121,8 +121,8 @@ class Hypervisor:
             size.vcpu_count, size.memory_mib, size.disk_gib, "simulated", "1", "x86_64"
         )
 
-    async def _put(self, domain_id: str, domain: Domain) -> None:
-        await self._file.write(self._host, GUEST, domain_id, _encode(domain))
+    def _put(self, domain_id: str, domain: Domain) -> None:
+        self._file.write(self._host, GUEST, domain_id, _encode(domain))
         self._guests[domain_id] = domain
         self._tell(domain)
 

@@ -27,7 +27,7 @@ class Keep:
         known = self._file.read(self._host, "key").get("")
         if known is None:
             known = tls.new_key()
-            self._file.write_now(self._host, "key", "", known)
+            self._file.write(self._host, "key", "", known)
         return known
 
     def load(self) -> tuple[tls.Identity, Membership] | None:
@@ -48,7 +48,7 @@ class Keep:
             "authority": identity.authority.decode(),
             "membership": asdict(membership),
         }
-        self._file.write_now(self._host, IDENTITY, "", json.dumps(values).encode())
+        self._file.write(self._host, IDENTITY, "", json.dumps(values).encode())
 
     def publish(self, identity: tls.Identity) -> None:
         """See enrolment.Keep: nobody else is there."""
@@ -65,7 +65,7 @@ class State:
     def next_incarnation(self) -> int:
         """See agent.State."""
         last = int(self._file.read(self._host, "incarnation").get("", b"0"))
-        self._file.write_now(self._host, "incarnation", "", b"%d" % (last + 1))
+        self._file.write(self._host, "incarnation", "", b"%d" % (last + 1))
         return last + 1
 
     def epoch(self, session: str) -> str:
@@ -75,7 +75,7 @@ class State:
     def remember_epoch(self, session: str, epoch: str) -> None:
         """See agent.State."""
         if self.epoch(session) != epoch:
-            self._file.write_now(self._host, "epoch", session, epoch.encode())
+            self._file.write(self._host, "epoch", session, epoch.encode())
             self._epochs[session] = epoch.encode()
 
 
@@ -93,7 +93,7 @@ class Records:
 
     async def save(self, saved: Record) -> None:
         """See compute.record.Records."""
-        await self._file.write(self._host, RECORD, saved.domain_id, record.encode(saved))
+        self._file.write(self._host, RECORD, saved.domain_id, record.encode(saved))
 
     def remove(self, domain_id: str) -> None:
         """See compute.record.Records."""

@@ -169,10 +169,10 @@ class Volumes:
     async def apply(self, desired: session_pb2.Desired) -> session_pb2.Observed:
         """See session.Handler."""
         if desired.absent:
-            await self._file.write(self._host, VOLUME, desired.id, None)
+            self._file.remove(self._host, VOLUME, desired.id)
             self._known.pop(desired.id, None)
         else:
-            await self._file.write(self._host, VOLUME, desired.id, desired.SerializeToString())
+            self._file.write(self._host, VOLUME, desired.id, desired.SerializeToString())
             self._known[desired.id] = desired
         return self._observed(desired)
 
