@@ -123,7 +123,7 @@ def encode(record: Record) -> bytes:
         "bindings": [_to_dict(binding) for binding in record.bindings],
         "steps": [_to_dict(step) for step in record.steps],
     }
-    return json.dumps(values, indent=1).encode()
+    return json.dumps(values).encode()  # an indent would have it done in Python: 5 times the time
 
 
 def decode(text: bytes) -> Record:

@@ -141,7 +141,6 @@ async def _ask_for_spec(
         record.generation = spec.generation
         record.instance_id = spec.instance_id
         record.spec = spec
-        await place.store.save(record)
         await place.disks.prepare(spec.domain_id)
     return spec, token
 
@@ -171,9 +170,7 @@ async def _ensure_root_disk(
     else:
         base = await _ensure_image(place, spec, token, steps)
         await place.disks.make_root_disk(spec.domain_id, base, wanted.size_gib)
-    if not record.root_disk_made:
-        record.root_disk_made = True
-        await place.store.save(record)
+    record.root_disk_made = True
     return RootDisk(overlay, base.path, base.format)
 
 
@@ -233,9 +230,7 @@ async def _bind_ports(
         generation = max(response.dataplane_generation for response in responses)
         port_ids = [nic.port_id for nic in spec.nics]
         await place.dataplane.wait_ports(port_ids, generation, place.dataplane_deadline_s)
-        # Before the guest starts: it will ask for its documents.
         record.bindings = responses
-        await place.store.save(record)
     return tuple(
         ResolvedNic(
             binding=response.binding,
@@ -297,6 +292,9 @@ async def _start(
             nics=nics,
             disks=disks,
         )
+        # All that the steps before have made, at once: until a guest runs, they can be repeated.
+        # From now on its root disk has data, and it may ask for its documents.
+        await place.store.save(record)
         return await place.driver.ensure(wanted)
 
 
@@ -311,7 +309,6 @@ async def _ensure_config_drive(
     if record.config_digest != digest or not place.disks.has_config_drive(spec.domain_id):
         await place.disks.write_config_drive(spec.domain_id, documents)
         record.config_digest = digest
-        await place.store.save(record)
     return place.disks.config_drive(spec.domain_id)
 
 
