@@ -134,7 +134,6 @@ class Agent:
         self._report = HostReport(
             lambda: reports.ReportHost(None), self._look, settings.report_interval_s
         )
-        self._changes = handlers.StateChanges(self._domains.report, self._report.changed)
 
     async def start(self) -> None:
         """Take over what is on the host: first what guests need, then the guests."""
@@ -193,7 +192,7 @@ class Agent:
             ports=services.GrpcPorts(self._links.to("network")),
             attachments=services.GrpcAttachments(self._links.to("volume")),
             dataplane=network,
-            report=lambda observed: self._changes.report(observed),
+            report=lambda observed: self._domains.report(observed),
             disks=parts.disks,
             records=parts.records,
             probe=parts.probe,
@@ -226,7 +225,7 @@ class Agent:
             disk_gib=settings.reserved_disk_gib,
         )
         facts = await self._compute.host_facts()
-        report = handlers.host_report(facts, reserved, await self._compute.observe_all())
+        report = handlers.host_report(facts, reserved, self._compute.states())
         report.incarnation = self._incarnation
         report.name = settings.name
         report.agent_version = self._version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -130,42 +130,18 @@ class WholeHost:
         return [artifact for part in found for artifact in part]
 
 
-class StateChanges:
-    """Passes reports of domains on, and tells when one says another state than the last."""
-
-    def __init__(
-        self, report: Callable[[session_pb2.Observed], None], changed: Callable[[], None]
-    ) -> None:
-        self._report = report
-        self._changed = changed
-        self._states: dict[str, State.ValueType] = {}
-
-    def report(self, observed: session_pb2.Observed) -> None:
-        """Pass a report on."""
-        self._report(observed)
-        state = state_of(observed)
-        if state == State.STATE_ABSENT:
-            known = self._states.pop(observed.id, state)
-        else:
-            known = self._states.get(observed.id, State.STATE_UNSPECIFIED)
-            self._states[observed.id] = state
-        if state != known:
-            self._changed()
-
-
-def state_of(observed: session_pb2.Observed) -> State.ValueType:
-    """Return the state that a report of a domain says."""
-    status = domain_pb2.DomainStatus()
-    observed.status.Unpack(status)
-    return status.state
-
-
 def host_report(
     facts: HostFacts,
     reserved: placement_pb2.Resources,
-    observed: Sequence[session_pb2.Observed],
+    domains: Iterable[tuple[str, State.ValueType, int]],
 ) -> placement_service_pb2.ReportHostRequest:
-    """Return what the scheduler is to know; who the host is, is filled in by the caller."""
+    """Return what the scheduler is to know; who the host is, is filled in by the caller.
+
+    Args:
+        facts: about the host.
+        reserved: of it, for the host itself.
+        domains: that are here: (id, state, generation that has been reached).
+    """
     report = placement_service_pb2.ReportHostRequest(
         total=placement_pb2.Resources(
             vcpu_count=facts.vcpu_count, memory_mib=facts.memory_mib, disk_gib=facts.disk_gib
@@ -176,12 +152,8 @@ def host_report(
         cpu_arch=facts.cpu_arch,
         traits=facts.traits,
     )
-    for domain in observed:
-        state = state_of(domain)
-        if state != State.STATE_ABSENT:
-            report.domains.add(
-                domain_id=domain.id,
-                state=State.Name(state).removeprefix("STATE_"),
-                generation=domain.generation,
-            )
+    for id_, state, generation in domains:
+        report.domains.add(
+            domain_id=id_, state=State.Name(state).removeprefix("STATE_"), generation=generation
+        )
     return report

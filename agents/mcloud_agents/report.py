@@ -29,7 +29,7 @@ class HostReport:
         open_stream: calls ReportHost; asked anew for every connection.
         look: returns a report without sequence and time. If it raises one of `errors`, nothing is
             sent: a host that cannot look at itself should be given nothing.
-        interval_s: between reports when nothing changes.
+        interval_s: between reports. Nobody waits for one: of domains their sessions tell at once.
     """
 
     def __init__(
@@ -43,18 +43,14 @@ class HostReport:
         self._interval_s = interval_s
         self._stream: Stream | None = None
         self._sequence = 0
-        self._changed = asyncio.Event()
+        self._left = asyncio.Event()  # the stream is to be opened anew
         self.stored = asyncio.Event()  # once, when the first report is
-
-    def changed(self) -> None:
-        """Report soon: something is not as it was."""
-        self._changed.set()
 
     def reconnect(self) -> None:
         """Open the stream anew: the host has another certificate."""
         if self._stream is not None:
             self._stream.cancel()
-        self._changed.set()
+        self._left.set()
 
     async def run(self) -> None:
         """Report until cancelled."""
@@ -73,7 +69,7 @@ class HostReport:
         try:
             with rpc.reraised(), cancelled_call_told():
                 while True:
-                    self._changed.clear()
+                    self._left.clear()
                     if report := await self._report():
                         async with asyncio.timeout(ANSWER_TIMEOUT_S):
                             with suppress(asyncio.InvalidStateError):  # ended; reading tells how
@@ -82,7 +78,7 @@ class HostReport:
                         self.stored.set()
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._interval_s):
-                            await self._changed.wait()
+                            await self._left.wait()
         except TimeoutError as error:
             raise errors.DeadlineExceeded("REPORT_NOT_STORED", "no answer to a report") from error
         finally:

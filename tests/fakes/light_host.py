@@ -82,7 +82,7 @@ class LightHost:
             ports=self.ports,
             attachments=self.attachments,
             dataplane=network,
-            report=lambda observed: self._changes.report(observed),
+            report=lambda observed: self.domains.report(observed),
             probe=probe,
         )
         conductor = domain_service_pb2_grpc.SessionServiceStub(self.links.to("conductor"))
@@ -97,7 +97,6 @@ class LightHost:
         ]
         reports = placement_service_pb2_grpc.HostReportServiceStub(self.links.to("scheduler"))
         self._report = HostReport(lambda: reports.ReportHost(None), self._look, 2.0)
-        self._changes = handlers.StateChanges(self.domains.report, self._report.changed)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> LightHost:
@@ -129,7 +128,7 @@ class LightHost:
     async def _look(self) -> placement_service_pb2.ReportHostRequest:
         facts = await self.agent.host_facts()
         reserved = placement_pb2.Resources()
-        report = handlers.host_report(facts, reserved, await self.agent.observe_all())
+        report = handlers.host_report(facts, reserved, self.agent.states())
         report.incarnation, report.name, report.underlay_ip = 1, self.name, "127.0.0.1"
         report.total.vcpu_count = 64
         return report

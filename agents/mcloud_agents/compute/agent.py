@@ -11,7 +11,7 @@ import asyncio
 import errno
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,12 @@ class ComputeAgent:
     async def observe_all(self) -> list[session_pb2.Observed]:
         """Return everything that is known, for the beginning of a session."""
         return [managed.observed() for managed in self._managed.values()]
+
+    def states(self) -> Iterator[tuple[str, State.ValueType, int]]:
+        """Yield what is here: (domain id, state, generation that has been reached)."""
+        for id_, managed in self._managed.items():
+            if not managed.record.gone:
+                yield id_, managed.state(), managed.record.reached
 
     def _manage(self, record: Record) -> Managed:
         managed = Managed(record, self._settings.host_name)

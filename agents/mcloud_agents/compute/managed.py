@@ -32,14 +32,17 @@ class Managed:
         self.serial = 0  # counts the attempts that have ended
         self.documents: Mapping[str, bytes] | None = None  # made when first asked for
 
+    def state(self) -> State.ValueType:
+        """Return what it is doing."""
+        if self.record.gone:
+            return State.STATE_ABSENT
+        return self.domain.state if self.domain else State.STATE_PREPARING
+
     def observed(self) -> session_pb2.Observed:
         """Return the report of how it is; the session sets the sequence."""
         record, domain = self.record, self.domain
-        state = domain.state if domain else State.STATE_PREPARING
-        if record.gone:
-            state = State.STATE_ABSENT
         status = domain_pb2.DomainStatus(
-            state=state,
+            state=self.state(),
             reason=domain.reason if domain else "",
             instance_id=record.instance_id,
             steps=self.steps.listing(),

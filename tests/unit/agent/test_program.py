@@ -193,42 +193,19 @@ async def test_an_unknown_document_is_refused() -> None:
         await handler.apply(desired)
 
 
-def _domain(
-    state: domain_pb2.DomainStatus.State.ValueType, id_: str = "d-1"
-) -> session_pb2.Observed:
-    observed = session_pb2.Observed(id=id_, generation=2)
-    observed.status.Pack(domain_pb2.DomainStatus(state=state))
-    return observed
-
-
-def test_only_another_state_is_news_for_the_scheduler() -> None:
-    reports: list[session_pb2.Observed] = []
-    news: list[int] = []
-    changes = handlers.StateChanges(reports.append, lambda: news.append(len(reports)))
-    states = domain_pb2.DomainStatus.State
-    for state in (
-        states.STATE_PREPARING,
-        states.STATE_PREPARING,
-        states.STATE_RUNNING,
-        states.STATE_RUNNING,
-        states.STATE_ABSENT,
-        states.STATE_ABSENT,
-    ):
-        changes.report(_domain(state))
-    assert news == [1, 3, 5]
-    assert len(reports) == 6
-
-
 def test_a_host_report_names_what_is_here() -> None:
     facts = HostFacts(4, 8192, 100, "qemu", "7.2", "x86_64", ("HYPERVISOR_TCG",))
     states = domain_pb2.DomainStatus.State
     report = handlers.host_report(
         facts,
         placement_pb2.Resources(memory_mib=512),
-        [_domain(states.STATE_RUNNING), _domain(states.STATE_ABSENT, "d-2")],
+        [("d-1", states.STATE_RUNNING, 2), ("d-2", states.STATE_PREPARING, 0)],
     )
     assert (report.total.memory_mib, report.reserved.memory_mib) == (8192, 512)
-    assert [(d.domain_id, d.state, d.generation) for d in report.domains] == [("d-1", "RUNNING", 2)]
+    assert [(d.domain_id, d.state, d.generation) for d in report.domains] == [
+        ("d-1", "RUNNING", 2),
+        ("d-2", "PREPARING", 0),
+    ]
 
 
 # --- commands -----------------------------------------------------------------------------------

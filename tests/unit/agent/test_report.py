@@ -76,12 +76,12 @@ async def test_the_whole_truth_comes_at_once_and_again() -> None:
         assert (second.sequence, second.HasField("time")) == (2, True)
 
 
-async def test_a_change_is_reported_promptly() -> None:
+async def test_each_report_is_of_its_moment() -> None:
     looker = Looker()
-    async with reporting(looker, 3600) as (scheduler, report):
-        await scheduler.next()
+    async with reporting(looker, 0.05) as (scheduler, _):
+        assert (await scheduler.next()).name == "first"
         looker.names.append("second")
-        report.changed()
+        await scheduler.next()  # looked at before, maybe
         assert (await scheduler.next()).name == "second"
 
 
@@ -89,7 +89,7 @@ async def test_a_refused_report_is_followed_by_a_fresh_one() -> None:
     async with reporting(Looker(), 3600) as (scheduler, report):
         assert (await scheduler.next()).sequence == 1
         scheduler.refuse = True
-        report.changed()
+        report.reconnect()
         assert (await scheduler.next()).sequence == 2
         assert (await scheduler.next()).sequence == 3
 

@@ -51,6 +51,7 @@ async def test_all_steps_of_the_host_are_done_and_told(bench: Bench) -> None:
         assert times(found[outer])[0] <= times(found[inner])[0]
         assert times(found[inner])[1] <= times(found[outer])[1]
     assert found[8].host == "host-1"
+    assert [*bench.agent.states()] == [(spec.domain_id, State.STATE_RUNNING, 1)]
     assert bench.ports.waited == [42], "it must wait for the later of both"
     directory = bench.directory(spec)
     assert qcow2.read_backing(directory / "root.qcow2") == next(
@@ -134,6 +135,7 @@ async def test_a_tombstone_leaves_nothing(bench: Bench) -> None:
     assert not bench.directory(spec).exists()
     assert bench.agent.documents(NICS[0].port_id) is None
     assert await bench.agent.artifacts() == []
+    assert [*bench.agent.states()] == []
 
     bench.desire(spec, generation=1)  # late
     bench.desire(spec, generation=2)
