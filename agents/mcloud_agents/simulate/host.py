@@ -133,11 +133,12 @@ class Host:
         """
         if moment != "before":
             return
-        latency_ms = self._draws.between(f"latency {step}", *self._settings.latency_ms)
-        await asyncio.sleep(latency_ms / 1000)
-        if step.isdecimal() and self._draws.happens(
-            f"refusal {step}", self._settings.refusal_probability
-        ):
+        settings = self._settings
+        if settings.latency_ms != (0, 0):
+            latency_ms = self._draws.between(f"latency {step}", *settings.latency_ms)
+            await asyncio.sleep(latency_ms / 1000)
+        probability = settings.refusal_probability
+        if probability and step.isdecimal() and self._draws.happens(f"refusal {step}", probability):
             self._tally.refusals += 1
             raise errors.WrongState(
                 "SIMULATED_REFUSAL",

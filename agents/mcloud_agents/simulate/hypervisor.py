@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from mcloud.conductor.v1 import domain_pb2
 from mcloud_agents.compute.driver import (
@@ -139,7 +139,8 @@ def _reason(before: Domain | None, spec: domain_pb2.DomainSpec) -> str:
 
 
 def _encode(domain: Domain) -> bytes:
-    return json.dumps(asdict(domain)).encode()
+    identity = vars(domain.identity) if domain.identity else None
+    return json.dumps({**vars(domain), "identity": identity}).encode()
 
 
 def _decode(body: bytes) -> Domain:

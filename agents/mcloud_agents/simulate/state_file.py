@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mcloud_base import errors
 
-_VERSION = 1
+_VERSION = 2
 
 
 class StateFile:
