@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class StepLog:
             attempt=self.attempt,
             state=Step.STATE_RUNNING,
         )
-        row.start_time.GetCurrentTime()
+        row.start_time.FromNanoseconds(time.time_ns())
         self._put(row)
         try:
             yield row
@@ -64,7 +65,7 @@ class StepLog:
         else:
             row.state = Step.STATE_DONE
         finally:
-            row.end_time.GetCurrentTime()
+            row.end_time.FromNanoseconds(time.time_ns())
             self.changed()
 
     def skip(self, reason: str, *numbers: int) -> None:
@@ -80,7 +81,7 @@ class StepLog:
                 state=Step.STATE_SKIPPED,
                 detail=reason,
             )
-            row.start_time.GetCurrentTime()
+            row.start_time.FromNanoseconds(time.time_ns())
             row.end_time.CopyFrom(row.start_time)
             self._put(row)
 
