@@ -183,11 +183,11 @@ class HostSession:
                 ttl_s = await self._take_lease(first.lease)
                 self._log.info("session opened", number=self._number, epoch=self._epoch)
                 writer = asyncio.create_task(self._write(stream, ttl_s))
-                while True:
-                    # Renewals are answered: silence means that nobody is there any more.
-                    async with asyncio.timeout(ttl_s):
-                        response = await _next(responses)
-                    await self._receive(response)
+                # Renewals are answered: silence means that nobody is there any more.
+                async with asyncio.timeout(ttl_s) as patience:
+                    while True:
+                        await self._receive(await _next(responses))
+                        _extend(patience, ttl_s)
         except TimeoutError as error:
             raise errors.DeadlineExceeded(
                 "SESSION_SILENT", "the service does not answer"
@@ -374,6 +374,13 @@ async def _next(
         return await anext(responses)
     except StopAsyncIteration as error:
         raise errors.Unavailable("SESSION_ENDED", "the service has ended the session") from error
+
+
+def _extend(patience: asyncio.Timeout, limit_s: float) -> None:
+    """Wait for so long from now on; to the tenth: a timer is not set anew for each message."""
+    end, now = patience.when(), asyncio.get_running_loop().time()
+    if end is None or end < now + 0.9 * limit_s:
+        patience.reschedule(now + limit_s)
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
