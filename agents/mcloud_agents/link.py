@@ -104,14 +104,14 @@ class Link(grpc.aio.Channel):
                 made = channel, getattr(channel, kind)(*args, **kwargs)
             running = made[1](*call_args, **call_kwargs)
             self._calls[channel] += 1
-            running.add_done_callback(lambda _: self._on_end(channel))
-            if (told := self._told) is not None:
-                running.add_done_callback(lambda ended: told(args[0], ended))
+            running.add_done_callback(lambda ended: self._on_end(channel, args[0], ended))
             return running
 
         return call
 
-    def _on_end(self, channel: grpc.aio.Channel) -> None:
+    def _on_end(self, channel: grpc.aio.Channel, method: str, ended: grpc.aio.Call) -> None:
+        if self._told is not None:
+            self._told(method, ended)
         self._calls[channel] -= 1
         if channel is not self._channel and not self._calls[channel]:
             self._close_former(channel)

@@ -110,6 +110,7 @@ class HostSession:
         self._dropped = False  # a report that was not stored; everything is told again
         self._room = asyncio.Event()
         self._wake = asyncio.Event()  # there is something to send
+        self._renewal_due = False
         self._listings: list[session_pb2.Listing] = []
         self._work: dict[str, tuple[session_pb2.Desired, asyncio.Task[None]]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -240,28 +241,39 @@ class HostSession:
     async def _write(self, stream: Stream, ttl_s: float) -> None:
         """Send reports, listings and renewals as they fall due."""
         sent = 0
-        renewal_due = time.monotonic() + ttl_s / 3
         self._listings.clear()
+        alarm = self._remind(ttl_s / 3)
         # Reading tells how the stream ended.
         ended = (grpc.RpcError, asyncio.InvalidStateError, errors.Cancelled)
-        with suppress(*ended), cancelled_call_told():
-            while True:
-                self._wake.clear()
-                message: session_pb2.SessionRequest | None = None
-                if time.monotonic() >= renewal_due:
-                    renewal_due = time.monotonic() + ttl_s / 3
-                    message = session_pb2.SessionRequest(renewal=session_pb2.Renewal())
-                elif self._listings:
-                    message = session_pb2.SessionRequest(listing=self._listings.pop(0))
-                elif report := self._next_report(sent):
-                    sent = report.sequence
-                    message = session_pb2.SessionRequest(observed=report)
-                if message is not None:
-                    await stream.write(message)
-                    continue
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(max(renewal_due - time.monotonic(), 0)):
-                        await self._wake.wait()
+        try:
+            with suppress(*ended), cancelled_call_told():
+                while True:
+                    self._wake.clear()
+                    message: session_pb2.SessionRequest | None = None
+                    if self._renewal_due:
+                        alarm = self._remind(ttl_s / 3)
+                        message = session_pb2.SessionRequest(renewal=session_pb2.Renewal())
+                    elif self._listings:
+                        message = session_pb2.SessionRequest(listing=self._listings.pop(0))
+                    elif report := self._next_report(sent):
+                        sent = report.sequence
+                        message = session_pb2.SessionRequest(observed=report)
+                    if message is not None:
+                        await stream.write(message)
+                    else:
+                        await self._wake.wait()  # for the alarm at the latest
+        finally:
+            alarm.cancel()
+
+    def _remind(self, delay_s: float) -> asyncio.TimerHandle:
+        """Have the lease renewed in a while."""
+
+        def tell() -> None:
+            self._renewal_due = True
+            self._wake.set()
+
+        self._renewal_due = False
+        return asyncio.get_running_loop().call_later(delay_s, tell)
 
     def _next_report(self, sent: int) -> session_pb2.Observed | None:
         """Return the oldest report that was not sent on this stream."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
 from mcloud.common.v1 import session_pb2
@@ -49,13 +48,12 @@ class Managed:
             desired_generation=record.generation,
             boot_number=domain.identity.boot_number if domain and domain.identity else 0,
         )
-        packed = any_pb2.Any()
-        packed.Pack(status)
-        return session_pb2.Observed(
+        observed = session_pb2.Observed(
             id=record.domain_id,
             epoch=record.epoch,
             generation=record.reached,
             absent=record.gone,
             error=self.error,
-            status=packed,
         )
+        observed.status.Pack(status)
+        return observed
