@@ -132,8 +132,8 @@ class Dataplane:
         self, desired: dataplane_pb2.HostDataplane, in_place: InPlace
     ) -> dataplane_pb2.HostDataplaneStatus:
         """See handlers.Dataplane."""
-        await in_place([port.port_id for port in desired.ports])
         self._taps = [(port.device_name, port.port_id) for port in desired.ports]
+        await in_place([port_id for _, port_id in self._taps])
         return dataplane_pb2.HostDataplaneStatus(
             network_count=len(desired.networks),
             port_count=len(desired.ports),

@@ -13,6 +13,8 @@ from google.rpc import status_pb2
 
 from mcloud_base import errors, rpc
 
+_LOOK_S = 0.1  # between two looks at calls that have ended
+
 
 @dataclass
 class Tally:
@@ -24,21 +26,25 @@ class Tally:
     disconnects: int = 0
     crashes: int = 0
     _start: float = field(default_factory=time.monotonic)
-    _looking: set[asyncio.Task[None]] = field(default_factory=set)
+    _ended: list[grpc.aio.Call] = field(default_factory=list)  # not looked at yet
+    _looking: asyncio.Task[None] | None = None
 
     def told(self, method: str, call: grpc.aio.Call) -> None:
         """Count a call that has ended (link.Told)."""
         self.calls[method.rpartition(".")[2]] += 1
-        # Its status is there, but only a coroutine may say it.
-        task = asyncio.get_running_loop().create_task(self._look(call))
-        self._looking.add(task)
-        task.add_done_callback(self._looking.discard)
+        # Its status is there, but only a coroutine may say it: a task for many.
+        self._ended.append(call)
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self._look())
 
-    async def _look(self, call: grpc.aio.Call) -> None:
-        code = await call.code()
-        if code is not grpc.StatusCode.OK:
-            metadata = await call.trailing_metadata()
-            self.errors[_reason(metadata) or code.name] += 1
+    async def _look(self) -> None:
+        await asyncio.sleep(_LOOK_S)
+        ended, self._ended, self._looking = self._ended, [], None
+        for call in ended:
+            code = await call.code()
+            if code is not grpc.StatusCode.OK:
+                metadata = await call.trailing_metadata()
+                self.errors[_reason(metadata) or code.name] += 1
 
     def summary(self) -> dict[str, object]:
         """Return everything, and what the program has used of the machine."""
