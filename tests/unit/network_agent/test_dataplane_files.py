@@ -121,6 +121,14 @@ def test_a_server_is_known_by_its_arguments_not_by_its_number(tmp_path: Path) ->
         (lambda d: setattr(d.networks[0], "vni", 0), "VNI 0"),
         (lambda d: setattr(d.networks[0], "network_id", "net-../../x"), "malformed"),
         (lambda d: setattr(d.networks[0].subnets[0], "cidr", "10.0.0.0"), ""),
+        (lambda d: d.networks[0].remote_ports.add(mac="x", underlay_ip="192.0.2.1"), "no MAC"),
+        (
+            lambda d: d.networks[0].remote_ports.extend(
+                pb.RemotePort(mac="fa:16:3e:00:00:07", underlay_ip=address)
+                for address in ("192.0.2.1", "192.0.2.1", "192.0.2")
+            ),
+            "no IP address",
+        ),
         (lambda d: d.ports[0].rules.add(direction=1, ip_version=4, protocol="x"), "protocol"),
         (
             lambda d: d.ports[0].rules.add(direction=1, ip_version=4, remote_cidrs=["::/0"]),
