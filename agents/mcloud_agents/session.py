@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -111,6 +112,8 @@ class HostSession:
         self._room = asyncio.Event()
         self._wake = asyncio.Event()  # there is something to send
         self._renewal_due = False
+        # Hosts that came together, after an outage, do not renew together.
+        self._phase = zlib.crc32(hello.underlay_ip.encode()) / (1 << 32)
         self._listings: list[session_pb2.Listing] = []
         self._work: dict[str, tuple[session_pb2.Desired, asyncio.Task[None]]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -265,15 +268,20 @@ class HostSession:
         finally:
             alarm.cancel()
 
-    def _remind(self, delay_s: float) -> asyncio.TimerHandle:
-        """Have the lease renewed in a while."""
+    def _remind(self, period_s: float) -> asyncio.TimerHandle:
+        """Have the lease renewed within a period, at the next moment that is the host's own.
+
+        It is the same for all of its sessions: what they send at once goes in one piece.
+        """
 
         def tell() -> None:
             self._renewal_due = True
             self._wake.set()
 
         self._renewal_due = False
-        return asyncio.get_running_loop().call_later(delay_s, tell)
+        loop = asyncio.get_running_loop()
+        since = (loop.time() + self._phase * period_s) % period_s
+        return loop.call_later(period_s - since, tell)
 
     def _next_report(self, sent: int) -> session_pb2.Observed | None:
         """Return the oldest report that was not sent on this stream."""
