@@ -280,7 +280,7 @@ def _names(request: instance_service_pb2.CreateInstanceRequest) -> list[str]:
 def _create(work: Mutation, like: Instance, spec: instance_pb2.InstanceSpec, name: str) -> Instance:
     """Record one, and begin to build it."""
     id_ = ids.new("i")
-    row = Instance(
+    row = Instance.fresh(
         **like.__data__
         | {
             "id": id_,
@@ -318,6 +318,7 @@ def _create(work: Mutation, like: Instance, spec: instance_pb2.InstanceSpec, nam
             "create_instance",
             json.dumps({"domain_id": ids.new("d")}),
             deadline_s=_CREATE_S,
+            instance=row,
         )
     return row
 

@@ -70,8 +70,7 @@ class CreateInstance:
             errors.Exhausted: QUOTA_EXCEEDED, NO_FREE_ADDRESS.
             errors.InvalidArgument: FLAVOR_TOO_SMALL.
         """
-        instance = await self._database.read_few(store.get_instance, job.resource_id)
-        job.known["instance"] = instance
+        instance = await self._instance(job)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
         image, *ports = await together(
             self._neighbours.ensure_image_use(job, instance.image_id),
@@ -83,6 +82,17 @@ class CreateInstance:
         job.with_save(partial(_record_reserved, instance, image, described))
         counts = f"{len(instance.nics)} port(s), {len(instance.volumes)} volume(s)"
         job.detail = f"{counts}, image {image.metadata.name}"
+
+    async def _instance(self, job: Job) -> Any:
+        """Return the instance, of which what the first steps need does not change.
+
+        It is read where another process has recorded it, or has done the step before.
+        """
+        if "instance" not in job.known:
+            job.known["instance"] = await self._database.read_few(
+                store.get_instance, job.resource_id
+            )
+        return job.known["instance"]
 
     async def _reserve_port(
         self, job: Job, instance: Any, nic: dict[str, Any], spec: instance_pb2.InstanceSpec
@@ -118,9 +128,7 @@ class CreateInstance:
         Raises:
             errors.Exhausted: NO_VALID_HOST, with the explanation: hosts removed by each filter.
         """
-        instance: Any = job.known.get("instance")
-        if instance is None:  # another process has reserved
-            instance = await self._database.read_few(store.get_instance, job.resource_id)
+        instance = await self._instance(job)
         spec = instance_pb2.InstanceSpec.FromString(bytes(instance.spec))
         answer = await self._neighbours.select_destination(
             placement_service_pb2.SelectDestinationsRequest(

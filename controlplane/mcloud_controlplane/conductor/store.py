@@ -15,7 +15,7 @@ from mcloud.compute.v1 import instance_pb2
 from mcloud.conductor.v1 import domain_pb2, domain_service_pb2
 from mcloud_base import errors, ids
 from mcloud_controlplane.compute.model import Claim, Domain, Host, Instance, locked, shared
-from mcloud_controlplane.core import contract, database, sessions, tables
+from mcloud_controlplane.core import contract, database, sessions, tables, trace
 from mcloud_controlplane.core import workflow as workflows
 from mcloud_controlplane.core.model import Prepared
 from mcloud_controlplane.core.session_follower import Pending
@@ -116,7 +116,7 @@ def apply_domain_status(host_id: str, incarnation: int, report: session_pb2.Obse
     tables.changed("domain", report.id, project_id)
     operation_id = _begun_by(key)
     if status.steps and operation_id and status.desired_generation == generation:
-        workflows.save_trace(shared, operation_id, 1, list(status.steps))
+        trace.save(shared, operation_id, 1, list(status.steps))
         tables.changed("operation", operation_id, project_id)
     if unproven:
         # Boots since the backup was taken count: the next one asked for is to be a higher one.

@@ -39,6 +39,7 @@ class Mutation:
     _workflow: str = ""
     _job: str = "{}"
     _deadline: int | None = None
+    _known: dict[str, Any] = field(default_factory=dict)
     _steps: list[dict[str, Any]] = field(default_factory=list)
     _parent_id: str | None = None
     _parts: list[Mutation] = field(default_factory=list)
@@ -48,9 +49,13 @@ class Mutation:
         self._resource = (type_, id_, name)
         self._project_id = project_id
 
-    def start(self, workflow: str, job: str, *, deadline_s: float) -> None:
-        """Leave the rest to a workflow; `job` is JSON with every id that it will need."""
-        self._workflow, self._job = workflow, job
+    def start(self, workflow: str, job: str, *, deadline_s: float, **known: Any) -> None:
+        """Leave the rest to a workflow; `job` is JSON with every id that it will need.
+
+        Args:
+            known: what it need not read if it begins here and now (`Job.known`).
+        """
+        self._workflow, self._job, self._known = workflow, job, known
         self._deadline = database.now() + int(min(deadline_s, self.longest_s) * 1_000_000)
 
     def part(self) -> Mutation:
@@ -167,7 +172,7 @@ class Frame:
         """Write an operation and its steps so far; offer it to whoever runs it."""
         steps = list(mutation._steps)
         if row.workflow and not mutation._parts:
-            first = self._database.offer(row)
+            first = self._database.offer(row, mutation._known)
             if first is None:
                 tables.wake_runners("", row.project_id)
             elif first["number"] not in {step["number"] for step in steps}:

@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from mcloud.common.v1 import session_pb2
 from mcloud_base import errors
-from mcloud_controlplane.core import auth, database, tables
+from mcloud_controlplane.core import auth, database, statements, tables
 from mcloud_controlplane.core.batch import Batch, Gathered
 from mcloud_controlplane.core.session_follower import Follower, Pending, Stream
 
@@ -256,7 +256,8 @@ class Sessions:
 
     def _numbers(self, hosts: list[str]) -> dict[str, int]:
         table: Any = self._tables.host_session
-        query = table.select(table.host_id, table.number).where(table.host_id.in_(hosts))
+        here = table.host_id.in_(statements.padded(hosts))
+        query = table.select(table.host_id, table.number).where(here)
         return dict(query.tuples())
 
     async def _write_all(self, keys: list[_Report]) -> Mapping[_Report, None]:
@@ -300,13 +301,13 @@ class Sessions:
     def _renew(self, sessions: list[tuple[str, int]]) -> tuple[set[tuple[str, int]], str]:
         """Renew the leases of those (host, number) that are still the newest."""
         table = self._tables.host_session
-        hosts = [host for host, _ in sessions]
+        hosts = statements.padded([host for host, _ in sessions])
         rows = table.select(table.host_id, table.number).where(table.host_id.in_(hosts))
         in_order = rows.order_by(table.host_id)
         newest = {(row.host_id, row.number) for row in self._database.locked(in_order)}
         kept = newest & set(sessions)
         table.update(lease_expire_time=_expiry()).where(
-            table.host_id.in_([host for host, _ in kept])
+            table.host_id.in_(statements.padded([host for host, _ in kept]))
         ).execute()
         return kept, self._tables.epoch()
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import peewee
 
-_MOST_VALUES = 200  # in a list
+_MOST_VALUES = 600  # of a query whose text is kept
 MOST_ROWS = 20  # of an insert
 _MOST_SHAPES = 5000
 
@@ -150,6 +150,14 @@ def made(database: Any, query: Any) -> tuple[str, list[Any]] | None:
         assert text.sql == sql, f"{text.sql} is not {sql}"
         assert list(map(_plain, parameters)) == list(map(_plain, theirs)), f"of {sql}"
     return text.sql, parameters
+
+
+def padded(values: Sequence[Any]) -> list[Any]:
+    """Return values for an IN, the last of them repeated, so that lists have few lengths."""
+    if not values:
+        return []
+    length = 1 << (len(values) - 1).bit_length()
+    return [*values, *[values[-1]] * (length - len(values))]
 
 
 def know_select(kind: type) -> None:

@@ -28,7 +28,15 @@ from google.rpc import status_pb2
 
 from mcloud.common.v1 import operation_pb2
 from mcloud_base import errors
-from mcloud_controlplane.core import database, operations, processes, tables, trace, tracing
+from mcloud_controlplane.core import (
+    database,
+    operations,
+    processes,
+    statements,
+    tables,
+    trace,
+    tracing,
+)
 from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.core.trace import Row
 
@@ -38,6 +46,7 @@ LEASE_S = 15.0
 _POLL_S = 2.0
 _BITE = 25  # operations taken at a time, so that other processes have a share
 _BUSY = 50  # units that wait for the database; with more, what is held is gone on with first
+_AT_ONCE = 256  # leases renewed by one statement
 _RUNNING = ("RUNNING", "UNDOING")
 
 
@@ -239,7 +248,7 @@ class Runner:
         if table.update(lease_expire_time=0).where(mine).execute():
             tables.wake_runners("", "")
 
-    def _offered(self, row: Any) -> Row | None:
+    def _offered(self, row: Any, known: dict[str, Any]) -> Row | None:
         """Take an operation in the unit that records it; return the row of its first step.
 
         So whoever accepts it goes on with it at once, and nobody has to look for it. None: it is
@@ -257,17 +266,17 @@ class Runner:
 
         def start() -> None:
             if loop is self._loop:
-                self._start(row, begun=True)
+                self._start(row, known)
 
         database.unit().after_commit.append(lambda: _soon(loop, start))
         first = self.workflows[row.workflow].steps[0]
         return self._row(first, "RUNNING", row.create_time, None)
 
-    def _start(self, row: Any, *, begun: bool = False) -> None:
+    def _start(self, row: Any, begun: dict[str, Any] | None = None) -> None:
         """Run an operation that is held.
 
         Args:
-            begun: its first step is in the trace.
+            begun: its first step is in the trace; what its steps need not read.
         """
         # The deadline of the call that asked for it is not that of the operation.
         task = asyncio.create_task(self._hold(row, begun), context=self._context.copy())
@@ -384,10 +393,12 @@ class Runner:
                     task.cancel()
 
     def _renew_now(self, held: list[str]) -> list[str]:
-        table = self._tables.operation
-        mine = table.id.in_(held) & (table.lease_owner == self._owner)
-        table.update(lease_expire_time=self._expiry()).where(mine).execute()
-        kept = {row.id for row in table.select(table.id).where(mine)}
+        table: Any = self._tables.operation
+        kept: set[str] = set()
+        for some in peewee.chunked(held, _AT_ONCE):
+            mine = table.id.in_(statements.padded(some)) & (table.lease_owner == self._owner)
+            renewed = table.update(lease_expire_time=self._expiry()).where(mine)
+            kept.update(id_ for (id_,) in renewed.returning(table.id).tuples().execute())
         return [id_ for id_ in held if id_ not in kept]
 
     def _expiry(self) -> int:
@@ -395,7 +406,7 @@ class Runner:
 
     # -- one operation ---------------------------------------------------------------------------
 
-    async def _hold(self, row: Any, begun: bool) -> None:
+    async def _hold(self, row: Any, begun: dict[str, Any] | None) -> None:
         workflow = self.workflows[row.workflow]
         job = Job(
             operation_id=row.id,
@@ -406,6 +417,7 @@ class Runner:
             deadline=row.deadline,
             data=json.loads(row.job),
             parent_id=row.parent_id,
+            known=begun or {},
         )
         if row.error:
             job.error = errors.from_status(status_pb2.Status.FromString(bytes(row.error)))
@@ -415,7 +427,7 @@ class Runner:
             if row.state == "RUNNING":
                 if row.cancel_requested:
                     self._cancellation(row.id).request()
-                if begun:
+                if begun is not None:
                     job.begin_step(row.create_time)
                 else:
                     job.begin_step(self._database.now())
@@ -636,9 +648,6 @@ class Runner:
         table = self._tables.operation_step
         steps = list(table.select().where(table.operation_id == operation_id))
         database.unit().after_commit.append(lambda: tracing.export(row, steps))
-
-
-save_trace = trace.save
 
 
 def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ import peewee
 from mcloud.scheduler.v1 import placement_service_pb2
 from mcloud_base import errors
 from mcloud_controlplane.compute.model import Claim, Host, locked, locked_or_skipped, shared
-from mcloud_controlplane.core import database, tables
+from mcloud_controlplane.core import database, statements, tables
 from mcloud_controlplane.core.database import Database
 from mcloud_controlplane.core.statements import Kept
 from mcloud_controlplane.scheduler.hosts import HostRecord, Resources
@@ -229,10 +229,12 @@ def keep_alive(
         Those that are their hosts' newest, and the time that was recorded.
     """
     moment = database.now()
-    rows = Host.select(Host.id, Host.report_number).where(Host.id.in_([id_ for id_, _ in streams]))
+    ids = statements.padded([id_ for id_, _ in streams])
+    rows = Host.select(Host.id, Host.report_number).where(Host.id.in_(ids))
     newest = {(row.id, row.report_number) for row in store.locked(rows.order_by(Host.id))}
     current = newest & set(streams)
-    Host.update(report_time=moment).where(Host.id.in_([id_ for id_, _ in current])).execute()
+    here = Host.id.in_(statements.padded([id_ for id_, _ in current]))
+    Host.update(report_time=moment).where(here).execute()
     return current, moment
 
 
