@@ -119,9 +119,9 @@ class Database:
         self._lock = threading.Lock()
         self._wakeups = Wakeups()
         self.constants: dict[str, Any] = {}  # by the statement that reads it
-        # Called within a unit with the row of an operation that is about to be written, and with what
-        # its steps need not read; returns the row of the first step if this process goes on with it
-        # (workflow.py).
+        # Called within a unit with the row of an operation that is about to be written, and what
+        # its steps need not read; returns the row of the first step if this process goes on with
+        # it (workflow.py).
         self.offer: Callable[[Any, dict[str, Any]], dict[str, Any] | None] = lambda row, known: None
         self.requests = Precedence()  # over the steps of what was accepted
         # Taken by reads that nobody waits for in person (watches), so that requests pass them.
