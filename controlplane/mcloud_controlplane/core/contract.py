@@ -238,7 +238,14 @@ def _string_checks(
     is_bytes = field.type == field.TYPE_BYTES
     unit = "bytes" if is_bytes else "characters"
     limit = rules.max_len if rules.HasField("max_len") else _STRING_LIMIT
-    yield lambda value: "" if len(value) <= limit else f"must have at most {limit} {unit}"
+    nul = b"" if is_bytes else "\0"
+
+    def check(value: Any) -> str:  # of each text that comes, so in one
+        if len(value) > limit:
+            return f"must have at most {limit} {unit}"
+        return "must not contain NUL" if nul and nul in value else ""
+
+    yield check
     if rules.HasField("min_len"):
         yield (
             lambda value: (
@@ -249,7 +256,6 @@ def _string_checks(
         )
     if is_bytes:
         return
-    yield lambda value: "must not contain NUL" if "\0" in value else ""
     if rules.name:
         yield (
             lambda value: (

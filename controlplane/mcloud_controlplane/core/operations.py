@@ -13,6 +13,7 @@ from google.rpc import status_pb2
 from mcloud.common.v1 import metadata_pb2, operation_pb2
 from mcloud_base import errors
 from mcloud_controlplane.core import auth, contract, convert, database, listing, tables
+from mcloud_controlplane.core.model import Prepared
 
 Operation = operation_pb2.Operation
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
@@ -79,9 +80,20 @@ def _not_found(id_: str) -> errors.NotFound:
 
 def _whole(shared: tables.Tables, row: Any) -> Operation:
     table = shared.operation_step
-    steps = table.select().where(table.operation_id == row.id)
-    in_order = steps.order_by(table.number, table.attempt)
-    return message(row, list(in_order), find_parts(shared, [row]).get(row.id))
+    steps = _STEPS.get(table) or _STEPS.setdefault(table, _of_operation(table))
+    return message(row, steps.rows([row.id]), find_parts(shared, [row]).get(row.id))
+
+
+_STEPS: dict[type, Prepared] = {}  # by table
+
+
+def _of_operation(table: Any) -> Prepared:
+    return Prepared(
+        table,
+        lambda ids: (
+            table.select().where(table.operation_id == ids[0]).order_by(table.number, table.attempt)
+        ),
+    )
 
 
 def find_parts(

@@ -13,16 +13,18 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_MANY = 4  # who ask at once
-_CALM_S = 0.01  # without anybody who asks: gRPC hands over a call a turn of the event loop
+_MANY = 10  # who ask within _SOON_S
+_SOON_S = 0.2
+_CALM_S = 0.01  # without anybody who asks, between two who ask at once and after the last
 _STEP_S = 0.05  # between the beginnings of two steps, while many ask
 
 
 class Precedence:
-    """Counts requests that are being accepted, in one event loop."""
+    """Watches requests that are being accepted, in one event loop."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._count = 0  # that are being accepted
+        self._begun: deque[float] = deque(maxlen=_MANY)  # when the last ones came
         self._waiting: deque[asyncio.Future[None]] = deque()  # steps
         self._pacing: asyncio.TimerHandle | None = None  # while many ask
         self._calm: asyncio.TimerHandle | None = None
@@ -30,18 +32,22 @@ class Precedence:
     @contextmanager
     def accepting(self) -> Iterator[None]:
         """Accept a request within the block."""
+        loop = asyncio.get_running_loop()
         self._count += 1
         if self._calm is not None:
             self._calm.cancel()
             self._calm = None
-        if self._count >= _MANY and self._pacing is None:
-            self._pacing = asyncio.get_running_loop().call_later(_STEP_S, self._begin_next)
+        # gRPC hands over a call a turn of the loop: they may come one by one.
+        self._begun.append(loop.time())
+        many = len(self._begun) == _MANY and loop.time() - self._begun[0] < _SOON_S
+        if many and self._pacing is None:
+            self._pacing = loop.call_later(_STEP_S, self._begin_next)
         try:
             yield
         finally:
             self._count -= 1
             if self._pacing is not None and not self._count:
-                self._calm = asyncio.get_running_loop().call_later(_CALM_S, self._begin_all)
+                self._calm = loop.call_later(_CALM_S, self._begin_all)
 
     async def turn(self) -> None:
         """Return when a step of an operation may begin."""

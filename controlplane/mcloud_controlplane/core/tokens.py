@@ -98,9 +98,7 @@ class TokenChecker:
         claims = self._cache.get(token)
         if claims is None:
             claims = await self._verify(token)
-            self._cache[token] = claims
-            if len(self._cache) > _CACHE_SIZE:
-                self._cache.popitem(last=False)
+            self.learn(token, claims)
         try:
             check_time(claims)
         except errors.Unauthenticated:
@@ -112,6 +110,12 @@ class TokenChecker:
         if time.monotonic() - self._heard > _FEED_SILENT_S:
             await self._check_by_rpc(token, mutates)
         return claims
+
+    def learn(self, token: str, claims: dict[str, Any]) -> None:
+        """Take a token whose signature was found good, or that this process has just signed."""
+        self._cache[token] = claims
+        if len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
 
     async def _verify(self, token: str) -> dict[str, Any]:
         try:

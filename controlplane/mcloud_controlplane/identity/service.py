@@ -65,7 +65,7 @@ def register(runtime: Runtime) -> None:
     frame = Frame(database, shared, "iop")
     runtime.add(
         token_service_pb2_grpc.add_TokenServiceServicer_to_server,
-        TokenServicer(database, authenticator, settings.token_ttl_s),
+        TokenServicer(database, authenticator, settings.token_ttl_s, runtime.checker.learn),
     )
     runtime.add(
         endpoint_service_pb2_grpc.add_EndpointServiceServicer_to_server, EndpointServicer(settings)

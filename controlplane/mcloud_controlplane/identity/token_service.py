@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from mcloud.identity.v1 import token_pb2, token_service_pb2, token_service_pb2_grpc
 from mcloud_base import errors
@@ -22,10 +23,21 @@ _KEY_S = 60.0  # for which a key is not read again: a newer one is not signed wi
 
 
 class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
-    """Tokens."""
+    """Tokens.
 
-    def __init__(self, database: Database, authenticator: Authenticator, ttl_s: int) -> None:
+    Args:
+        signed: told of each, so that this process need not verify its own signatures.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        authenticator: Authenticator,
+        ttl_s: int,
+        signed: Callable[[str, dict[str, Any]], None],
+    ) -> None:
         self._database = database
+        self._signed = signed
         self._authenticator = authenticator
         self._ttl_s = ttl_s
         self._key: SigningKey | None = None
@@ -50,7 +62,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
             )
         claims = signing.user_claims(grant, start, self._ttl_s)
         return token_service_pb2.CreateTokenResponse(
-            token=signing.sign(key, claims),
+            token=self._sign(key, claims),
             claims=signing.claims_message(claims),
             start_time=convert.timestamp(claims["lgs"]),
             end_time=convert.timestamp(claims["lge"]),
@@ -89,9 +101,14 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         epoch, key = await self._database.read_few(read)
         claims = signing.delegated_claims(request, epoch)
         return token_service_pb2.CreateDelegatedTokenResponse(
-            token=signing.sign(key, claims),
+            token=self._sign(key, claims),
             expire_time=convert.timestamp(claims["exp"] * 1_000_000),
         )
+
+    def _sign(self, key: SigningKey, claims: dict[str, Any]) -> str:
+        token = signing.sign(key, claims)
+        self._signed(token, claims)
+        return token
 
     async def CheckToken(
         self, request: token_service_pb2.CheckTokenRequest, context: Context
