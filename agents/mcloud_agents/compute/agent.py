@@ -34,7 +34,7 @@ log = structlog.get_logger()
 # there are people who wait.
 _PASSING = (errors.Unavailable, errors.DeadlineExceeded, errors.Conflict, errors.Exhausted)
 _PASSING_PAUSE_S = 5.0
-_LIVE_S = 2.0  # how old what people see of a running step may be
+_LIVE_S = 1.0  # how old what people see of a running step may be
 
 
 @dataclass(frozen=True)
