@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_MANY = 10  # who ask within _SOON_S
-_SOON_S = 0.2
+_MANY = 4  # who ask within _SOON_S
+_SOON_S = 0.1
 _CALM_S = 0.01  # without anybody who asks, between two who ask at once and after the last
 _STEP_S = 0.05  # between the beginnings of two steps, while many ask
 

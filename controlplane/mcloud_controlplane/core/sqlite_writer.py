@@ -31,9 +31,10 @@ from mcloud_controlplane.core import connections
 from mcloud_controlplane.core.unit import Unit
 
 _MOST_S = 0.01  # for which units of one transaction run before others of the loop have a turn
-# Between two transactions, so that the next has more units: what they have in common costs as much
-# as a unit. For those of calls, whose callers wait for the answer, next to nothing.
-_PAUSE_S = 0.008
+# Between two transactions, so that the next has more units: what these have in common costs as
+# much as one of them. Only for as long as that comes true; and those of calls, whose callers wait
+# for the answer, wait for next to nothing.
+_PAUSE_S = 0.012
 _PAUSE_OF_CALLS_S = 0.001
 _TRIES = 5  # of a unit: one that lost a race finds what the winner wrote
 _LOOK_S = 0.05  # between looks for the commits of other processes
@@ -114,6 +115,7 @@ class SqliteWriter:
         self._by_thread = 0  # commits that are a thread's still
         self._scheduled: asyncio.TimerHandle | None = None
         self._ended = -math.inf  # when the last transaction did; of the loop's clock
+        self._pause_s = 0.0
         self._locked_since: float | None = None  # when another process was first met
         self._closed = False
         self._thread = ThreadPoolExecutor(
@@ -161,7 +163,7 @@ class SqliteWriter:
         """Have a transaction begun in which it has its turn."""
         if self._commits or self._closed:
             return
-        when = self._ended + (_PAUSE_S if turn.end is None else _PAUSE_OF_CALLS_S)
+        when = self._ended + (self._pause_s if turn.end is None else _PAUSE_OF_CALLS_S)
         if self._scheduled is None:
             self._scheduled = self.loop.call_at(when, self._work)
         elif when < self._scheduled.when() and self._locked_since is None:
@@ -305,6 +307,7 @@ class SqliteWriter:
     def _finish(self, gathered: Unit) -> None:
         self._ended = self.loop.time()
         turns, self._running = self._running, []
+        self._pause_s = _PAUSE_S if len(turns) > 1 else self._pause_s / 2
         for turn in turns:
             turn.settle()
         self._committed(gathered)

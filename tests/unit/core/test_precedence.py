@@ -27,7 +27,7 @@ async def test_a_step_waits_until_nobody_of_many_asks() -> None:
     with ExitStack() as last:
         with ExitStack() as many:
             ask(requests, last, 1)
-            ask(requests, many, precedence._MANY)
+            ask(requests, many, precedence._MANY - 1)
             step = asyncio.create_task(requests.turn())
         # One is left, and others come and go.
         for _ in range(5):
@@ -37,6 +37,18 @@ async def test_a_step_waits_until_nobody_of_many_asks() -> None:
     async with asyncio.timeout(30):
         await step
         await requests.turn()
+
+
+async def test_many_may_come_one_by_one() -> None:
+    requests = Precedence()
+    for _ in range(precedence._MANY):
+        with requests.accepting():
+            await asyncio.sleep(0)
+    step = asyncio.create_task(requests.turn())
+    await asyncio.sleep(0)
+    assert not step.done()
+    async with asyncio.timeout(30):
+        await step
 
 
 async def test_who_comes_in_between_is_one_of_them() -> None:

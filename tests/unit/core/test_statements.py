@@ -187,6 +187,22 @@ def test_saved_rows_are_read_again(before: dict[str, Any], after: dict[str, Any]
     opened.close()
 
 
+@given(values=ROWS)
+@settings(max_examples=50, deadline=None)
+def test_a_fresh_row_is_as_its_class_makes_it(values: dict[str, Any]) -> None:
+    opened = peewee.SqliteDatabase(":memory:")
+    database.initialize(opened)
+    opened.create_tables([Thing])
+    row = {"id": "t-1", "create_time": 1, "update_time": 2, **values}
+    fresh, made = Thing.fresh(**row), Thing(**row)
+    assert _values(fresh) == _values(made)
+    assert fresh.dirty_fields == made.dirty_fields
+    assert fresh.labels is not Thing.fresh(**row).labels or "labels" in values
+    fresh.save(force_insert=True)
+    assert Thing.get_by_id("t-1").__data__ == made.__data__
+    opened.close()
+
+
 def test_a_prepared_select_is_built_once_for_each_number_of_values(engine: Engine) -> None:
     built = []
 
@@ -240,7 +256,7 @@ def test_what_is_not_known_is_left_to_peewee(engine: Engine) -> None:
     other = Thing.alias()
     query = Thing.select().join(other, on=other.host_id == Thing.id)
     assert list(query) == []
-    assert list(Thing.select().where(Thing.id.in_([str(n) for n in range(500)]))) == []
+    assert list(Thing.select().where(Thing.id.in_([str(n) for n in range(700)]))) == []
     assert engine.left == 2
 
 
@@ -282,3 +298,10 @@ def test_a_kept_insert_has_the_defaults_of_its_model(engine: Engine) -> None:
     assert kept.run(engine, ("t-1", 5, 6), ("t-2", 7, 8)) == []
     row = Thing.get_by_id("t-2")
     assert (row.create_time, row.update_time, row.labels, row.version) == (7, 8, {}, 1)
+
+
+@pytest.mark.parametrize(("count", "length"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (64, 64)])
+def test_lists_of_an_in_have_few_lengths(count: int, length: int) -> None:
+    found = statements.padded(list(range(count)))
+    assert len(found) == length
+    assert set(found) == set(range(count))

@@ -123,6 +123,20 @@ async def test_a_revocation_ends_older_tokens(identity: Any) -> None:
     await checker.check(new, mutates=True)
 
 
+async def test_what_was_signed_here_needs_no_key_and_is_revoked_like_any(identity: Any) -> None:
+    servicer, checker = identity
+    token = servicer.token("a key that identity does not give out", epoch=1)
+    claims = jwt.decode(token, options={"verify_signature": False})
+    checker.learn(token, claims)
+    servicer.tell("5")
+    await becomes(checker, token, "")
+    servicer.tell("6", u_1=2)
+    await becomes(checker, token, "TOKEN_REVOKED")
+    expired = servicer.token(ttl_s=-1)
+    checker.learn(expired, jwt.decode(expired, options={"verify_signature": False}))
+    assert await refusal(checker, expired) == "TOKEN_EXPIRED"
+
+
 async def test_after_out_of_range_the_feed_begins_anew(identity: Any) -> None:
     """A restore may have taken a revocation back; what the feed then says is all that holds."""
     servicer, checker = identity
