@@ -187,7 +187,8 @@ async def test_the_last_release_boots_watches_and_deletes(client: Client) -> Non
     await old.ended(made)
     (desired,) = agent.specs
     assert desired.name == "vm"
-    assert agent.acknowledged.is_set()
+    async with asyncio.timeout(DEADLINE_S):
+        await agent.acknowledged.wait()  # on another stream than the operation's end
 
     id_ = made.resource.id
     seen = await old.call(f"{instances}/GetInstance", id=id_)
