@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
@@ -68,9 +69,14 @@ def find_hosts(rows: Sequence[Instance]) -> dict[str, HostState]:
     found = {row.host_id for row in rows if row.host_id}
     moment = database.now()
     return {
-        id_: HostState(name, end is not None and not tables.is_connected(end, moment), failures)
+        id_: _host_state(name, failures, end, moment)
         for id_, name, failures, end in (_HOSTS.rows(sorted(found)) if found else ())
     }
+
+
+def _host_state(name: str, failure_count: int, lease_end: int | None, moment: int) -> HostState:
+    silent = lease_end is not None and not tables.is_connected(lease_end, moment)
+    return HostState(name, silent, failure_count)
 
 
 def messages(
@@ -90,7 +96,7 @@ def get_message(id_: str) -> instance_pb2.Instance:
     return messages([Instance.get_by_id(id_)])[0]
 
 
-def _message(row: Instance, host: HostState) -> instance_pb2.Instance:
+def _message(row: Any, host: HostState) -> instance_pb2.Instance:
     state = "UNKNOWN" if host.silent and row.state in _SILENT_STATES else row.state
     spec = instance_pb2.InstanceSpec.FromString(bytes(row.spec))
     status = instance_pb2.InstanceStatus(
@@ -158,10 +164,40 @@ def get_visible(caller: auth.Caller, id_: str) -> instance_pb2.Instance:
     Raises:
         errors.NotFound: INSTANCE_NOT_FOUND.
     """
-    row = get(caller, id_, deleted=True)
-    if row.state == "DELETED":
-        raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
-    return messages([row])[0]
+    found = _VISIBLE.rows([id_])
+    if found:
+        *values, name, failures, end = found[0]
+        row = SimpleNamespace(**dict(zip(_SHOWN_NAMES, values, strict=True)))
+        if caller.sees(row.project_id) and row.state != "DELETED":
+            host = _NO_HOST if name is None else _host_state(name, failures, end, database.now())
+            return _message(row, host)
+    raise errors.NotFound("INSTANCE_NOT_FOUND", f"there is no instance {id_}", id=id_)
+
+
+# What of an instance its message is made of.
+_SHOWN = (
+    Instance.id, Instance.name, Instance.project_id, Instance.labels, Instance.version,
+    Instance.generation, Instance.create_time, Instance.update_time, Instance.delete_time,
+    Instance.spec, Instance.state, Instance.host_id, Instance.domain_id, Instance.launch_time,
+    Instance.hostname, Instance.nics, Instance.volumes, Instance.vcpu_count, Instance.memory_mib,
+    Instance.disk_gib, Instance.flavor_name, Instance.key_pair_name, Instance.operation_id,
+    Instance.power_reason, Instance.fault,
+)  # fmt: skip
+_SHOWN_NAMES = [field.name for field in _SHOWN]
+
+
+def _shown(ids: Sequence[str]) -> Any:
+    sessions = shared.host_session
+    query: Any = Instance.select(*_SHOWN, Host.name, Host.failure_count, sessions.lease_expire_time)
+    return (
+        query.join(Host, JOIN.LEFT_OUTER, on=(Host.id == Instance.host_id))
+        .join(sessions, JOIN.LEFT_OUTER, on=(sessions.host_id == Host.id))
+        .where(Instance.id == ids[0])
+        .tuples()
+    )
+
+
+_VISIBLE = Prepared(Instance, _shown)
 
 
 def list_page(

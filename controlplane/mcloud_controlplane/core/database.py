@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -300,25 +300,33 @@ class Database:
             self._wakeups.wake(current.changed())
 
     def read_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run a reading unit in this thread.
-
-        On PostgreSQL without a transaction: at READ COMMITTED each statement sees what is committed
-        when it begins in any case, and a unit of one statement would take three round trips.
-        """
-        token, begin = _current.set(self), time.monotonic()
+        """Run a reading unit in this thread."""
+        token = _current.set(self)
         try:
-            for attempt in range(2):
-                try:
-                    with connections.connected(self.peewee), self._snapshot():
-                        return function(*args, **kwargs)
-                except peewee.OperationalError as error:
-                    # The server may have been started anew since this thread used it.
-                    late = attempt or time.monotonic() - begin > connections.LOCK_S
-                    if late or not self.is_postgresql:
-                        raise self._unavailable(error) from error
+            if self.is_postgresql:
+                return self._read_postgresql(partial(function, *args, **kwargs))
+            with connections.Snapshot(self.peewee):
+                return function(*args, **kwargs)
+        except peewee.OperationalError as error:
+            raise self._unavailable(error) from error
         finally:
             _current.reset(token)
-        raise AssertionError("unreachable")
+
+    def _read_postgresql(self, function: Callable[[], T]) -> T:
+        """Run a unit; once more if the server was started anew since this thread used it.
+
+        Without a transaction: at READ COMMITTED each statement sees what is committed when it
+        begins in any case, and a unit of one statement would take three round trips.
+        """
+        begin = time.monotonic()
+        try:
+            with connections.connected(self.peewee):
+                return function()
+        except peewee.OperationalError:
+            if time.monotonic() - begin > connections.LOCK_S:
+                raise
+        with connections.connected(self.peewee):
+            return function()
 
     def _unavailable(self, error: Exception) -> Exception:
         if isinstance(error, peewee.IntegrityError):
@@ -344,9 +352,6 @@ class Database:
         if self.is_postgresql or "disk I/O error" not in text:
             return False
         return shutil.disk_usage(Path(urlsplit(self.url).path).parent).free < _FULL_BYTES
-
-    def _snapshot(self) -> Any:
-        return nullcontext() if self.is_postgresql else connections.snapshot(self.peewee)
 
     def _transaction(self) -> Any:
         return (

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 import structlog
@@ -107,12 +107,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         )
 
     def _guarded(self, handler: Any, method: descriptor.MethodDescriptor, path: str) -> Any:
-        rule = contract.rule(method)
+        policy = _policy(contract.rule(method))
         stays = contract.stays(method)
 
         async def unary(request: Any, context: auth.Context) -> Any:
             try:
-                await self._enter(context, rule, path)
+                await self._enter(context, policy, path)
                 if not handler.request_streaming:
                     self._check(request)
                 async with self._worked_on(context, stays=stays):
@@ -128,7 +128,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def stream(request: Any, context: auth.Context) -> AsyncIterator[Any]:
             try:
-                await self._enter(context, rule, path)
+                await self._enter(context, policy, path)
                 if not handler.request_streaming:
                     self._check(request)
                 async with self._worked_on(context, stays=True):
@@ -205,7 +205,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return slow_reader.disconnected(answers, end, self._limits.slow_reader_s)
 
-    async def _enter(self, context: auth.Context, rule: Rule, path: str) -> None:
+    async def _enter(self, context: auth.Context, policy: _Policy, path: str) -> None:
         """Authenticate and authorize; then `auth.caller` and `auth.call` tell who and what."""
         metadata = dict(context.invocation_metadata() or ())
         call = auth.Call(
@@ -218,13 +218,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         database.deadline.set(None if left is None else time.monotonic() + left)
         structlog.contextvars.bind_contextvars(request=call.request_id)
         call.authorize_start_time = database.now()
-        caller = await self._authenticate(context, metadata, rule)
-        _authorize(caller, rule)
+        caller = await self._authenticate(context, metadata, policy)
+        _authorize(caller, policy)
         call.authorize_end_time = database.now()
         auth.set_current(caller, call)
 
     async def _authenticate(
-        self, context: auth.Context, metadata: dict[str, Any], rule: Rule
+        self, context: auth.Context, metadata: dict[str, Any], policy: _Policy
     ) -> auth.Caller:
         token = str(metadata.get("authorization", ""))
         token = token.removeprefix("Bearer ") if token.startswith("Bearer ") else ""
@@ -235,7 +235,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 raise errors.Unauthenticated(
                     "CERTIFICATE_REVOKED", "this certificate has been revoked; enrol again"
                 )
-            if Rule.CALLER_DELEGATE in rule.callers and certificate.host_id and token:
+            if policy.delegates and certificate.host_id and token:
                 claims = await self._checker.check(token, mutates=False)
                 if claims["typ"] == "delegated":
                     return tokens.delegate_from_claims(claims, certificate)
@@ -244,28 +244,50 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return auth.Caller(kind=kind, principal_id=name, certificate=certificate)
         if not token:
             return auth.Caller(kind=Rule.CALLER_ANYONE)
-        claims = await self._checker.check(token, mutates=rule.kind in _CHANGING)
+        claims = await self._checker.check(token, mutates=policy.changes)
         if claims["typ"] != "user":
             raise errors.Unauthenticated("TOKEN_INVALID", "this token is not for this port")
         return tokens.caller_from_claims(claims)
 
 
-def _authorize(caller: auth.Caller, rule: Rule) -> None:
+class _Policy(NamedTuple):
+    """A rule of the contract as each call asks for it; to read the message takes much longer."""
+
+    callers: frozenset[int]
+    anyone: bool
+    delegates: bool
+    changes: bool
+    scope: int
+    role: Rule.Role.ValueType
+
+
+def _policy(rule: Rule) -> _Policy:
+    return _Policy(
+        callers=frozenset(rule.callers),
+        anyone=Rule.CALLER_ANYONE in rule.callers,
+        delegates=Rule.CALLER_DELEGATE in rule.callers,
+        changes=rule.kind in _CHANGING,
+        scope=rule.scope,
+        role=rule.role,
+    )
+
+
+def _authorize(caller: auth.Caller, policy: _Policy) -> None:
     """Refuse a caller that the rule does not admit."""
-    if Rule.CALLER_ANYONE in rule.callers:
+    if policy.anyone:
         return
-    if caller.kind not in rule.callers:
+    if caller.kind not in policy.callers:
         if caller.kind == Rule.CALLER_ANYONE:
             raise errors.Unauthenticated("TOKEN_MISSING", "log in first: mcloud login")
         raise errors.PermissionDenied("WRONG_CALLER", "this call is not for this kind of caller")
     if caller.kind != Rule.CALLER_USER:
         return
-    if rule.scope == Rule.SCOPE_SYSTEM:
-        caller.require_system(rule.role, "this call")
-    elif rule.scope == Rule.SCOPE_PROJECT and not caller.system and not caller.project_id:
+    if policy.scope == Rule.SCOPE_SYSTEM:
+        caller.require_system(policy.role, "this call")
+    elif policy.scope == Rule.SCOPE_PROJECT and not caller.system and not caller.project_id:
         raise errors.PermissionDenied("NO_PROJECT", "log in to a project first")
-    if caller.role < rule.role:
-        needed = Rule.Role.Name(rule.role).removeprefix("ROLE_").lower()
+    if caller.role < policy.role:
+        needed = Rule.Role.Name(policy.role).removeprefix("ROLE_").lower()
         raise errors.PermissionDenied("ROLE_REQUIRED", f"this call needs the role {needed}")
 
 
