@@ -32,10 +32,10 @@ from mcloud_controlplane.core.unit import Unit
 
 _MOST_S = 0.01  # for which units of one transaction run before others of the loop have a turn
 # Between two transactions, so that the next has more units: what these have in common costs as
-# much as one of them. Only for as long as that comes true; and those of calls, whose callers wait
-# for the answer, wait for next to nothing.
+# much as one of them. Only for as long as that comes true; and less for those of calls, whose
+# callers wait for the answer.
 _PAUSE_S = 0.012
-_PAUSE_OF_CALLS_S = 0.001
+_PAUSE_OF_CALLS_S = 0.004
 _TRIES = 5  # of a unit: one that lost a race finds what the winner wrote
 _LOOK_S = 0.05  # between looks for the commits of other processes
 _CLOSE_S = 60.0  # for the loop to get to it, and for the commit that runs
@@ -163,7 +163,8 @@ class SqliteWriter:
         """Have a transaction begun in which it has its turn."""
         if self._commits or self._closed:
             return
-        when = self._ended + (self._pause_s if turn.end is None else _PAUSE_OF_CALLS_S)
+        of_call = turn.end is not None
+        when = self._ended + min(self._pause_s, _PAUSE_OF_CALLS_S if of_call else _PAUSE_S)
         if self._scheduled is None:
             self._scheduled = self.loop.call_at(when, self._work)
         elif when < self._scheduled.when() and self._locked_since is None:
