@@ -180,6 +180,7 @@ class Lease(Model):
 
 
 _EMPTY: dict[Any, Any] = {"{}": dict, "[]": list}  # most documents are
+encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make one for each document
 
 
 class JsonField(peewee.TextField):
@@ -187,7 +188,7 @@ class JsonField(peewee.TextField):
 
     def db_value(self, value: Any) -> Any:
         """Return the text."""
-        return None if value is None else json.dumps(value, sort_keys=True)
+        return None if value is None else encode(value)
 
     def python_value(self, value: Any) -> Any:
         """Return the document."""

@@ -538,7 +538,7 @@ class Runner:
     def _save(self, job: Job, **values: Any) -> None:
         names = ("job", *values)
         save = self._saves.get(names) or self._saves.setdefault(names, self._saving(names))
-        values_ = [json.dumps(job.data, sort_keys=True), *values.values()]
+        values_ = [tables.encode(job.data), *values.values()]
         held = [job.operation_id, job.lease_number]
         if not save.cursor(self._database.peewee, values_, held).rowcount:
             raise _LeaseLostError
