@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     nbd_port_first: Port = 10809  # each volume in use is served at a port of its own
     nbd_port_last: Port = 11832  # the last of them
 
-    report_interval_s: Annotated[float, Field(gt=0)] = 10.0  # to the scheduler, if nothing changes
+    report_interval_s: Annotated[float, Field(gt=0)] = 10.0  # to the scheduler
     log_format: Literal["console", "json"] = "console"  # for people, or a line of JSON an event
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # this and what is worse
 

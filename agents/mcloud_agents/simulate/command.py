@@ -102,7 +102,7 @@ def _range(context: click.Context, parameter: click.Parameter, value: str) -> tu
     type=click.FloatRange(0.1),
     default=10.0,
     show_default=True,
-    help="Between the reports of a host on which nothing changes.",
+    help="Between the reports of a host.",
 )
 @click.option("--download", is_flag=True, help="Fetch the bytes of each image, once a host.")
 @click.option(

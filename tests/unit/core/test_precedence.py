@@ -56,12 +56,12 @@ async def test_who_comes_in_between_is_one_of_them() -> None:
     requests = Precedence()
     with ExitStack() as many:
         ask(requests, many, precedence._MANY)
-    step = asyncio.create_task(requests.turn())
-    with requests.accepting():
-        await asyncio.sleep(2 * precedence._CALM_S)
-        assert not step.done()
+    steps = [asyncio.create_task(requests.turn()) for _ in range(2)]
     async with asyncio.timeout(30):
-        await step
+        with requests.accepting():
+            await steps[0]  # its turn has come, and not because nobody asks
+            assert not steps[1].done()
+        await steps[1]
 
 
 async def test_steps_go_on_one_by_one_however_long_many_ask() -> None:
