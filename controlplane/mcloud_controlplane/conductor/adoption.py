@@ -94,6 +94,7 @@ class Adopter:
                 _lose(row)
             row.save()
             tables.changed("domain", row.id, row.project_id)
+            tables.wake_host(host_id)
             self._release_operations(row)
             log.info("restored domain", domain=row.id, host=host_id, found=row.id in there)
 

@@ -158,6 +158,7 @@ def bury_unknown(job: Job, finding: Finding) -> bool:
             "DOMAIN_KNOWN", f"domain {id_} is placed on host {row.host_id}; delete its instance"
         )
     tables.changed("domain", id_, "")
+    tables.wake_host(host_id)
     return True
 
 

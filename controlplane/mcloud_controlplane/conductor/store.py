@@ -395,6 +395,7 @@ def desire(job: workflows.Job, domain_id: str, key: str = "", **instance_values:
     if instance_values:
         set_instance(row.instance_id, **instance_values)
     tables.changed("domain", domain_id, row.project_id)
+    tables.wake_host(row.host_id)
     return int(row.generation)
 
 
@@ -402,8 +403,9 @@ def desire_absent(job: workflows.Job, domain_id: str) -> None:
     """Put a tombstone on a domain; where there is none yet, none can be made any more."""
     require_lease(job)
     marked = _TOMBSTONE.run(Domain._meta.database, [domain_id, job.operation_id])
-    for (project_id,) in marked:
+    for project_id, host_id in marked:
         tables.changed("domain", domain_id, project_id)
+        tables.wake_host(host_id)
     row = None if marked else find_progress(domain_id)
     if not marked and row is None:
         _retire_domain(job, domain_id)
@@ -417,7 +419,7 @@ _TOMBSTONE = Kept(
             absent=True, generation=Domain.generation + 1, operation_id=values[1], error=None
         )
         .where((Domain.id == values[0]) & ~Domain.absent)
-        .returning(Domain.project_id)
+        .returning(Domain.project_id, Domain.host_id)
     )
 )
 

@@ -33,7 +33,7 @@ from mcloud_controlplane.core import connections
 from mcloud_controlplane.core.precedence import Precedence
 from mcloud_controlplane.core.sqlite_writer import SqliteWriter
 from mcloud_controlplane.core.unit import Unit
-from mcloud_controlplane.core.wakeups import Wakeups
+from mcloud_controlplane.core.wakeups import Gathered, Wakeups
 
 log = structlog.get_logger()
 
@@ -381,6 +381,20 @@ class Database:
             self._sqlite_writer()  # which also looks for the commits of others
         with self._wakeups.listening(types, id_) as event:
             yield event
+
+    @contextmanager
+    def gathering(self, *types: str) -> Iterator[Gathered]:
+        """Give what tells which changes were committed, in whatever process, as far as is known.
+
+        Hints like those of `listening`.
+
+        Args:
+            types: of the resources whose changes matter; none: all.
+        """
+        if not self.is_postgresql:
+            self._sqlite_writer()
+        with self._wakeups.gathering(types) as gathered:
+            yield gathered
 
     async def until(
         self,

@@ -1,7 +1,9 @@
-"""One look at the database for all streams of a process, however many hosts there are.
+"""Wakes the streams of a process whose hosts have something to do, however many there are.
 
-A change concerns one host, or few. If every stream looked for itself whenever something changes,
-each change would cost a statement a host.
+Whoever desires something that somebody waits for names the host, whose stream is woken by the
+commit (`tables.wake_host`). For the rest, and where the host is not known, there is one look at the
+database for all streams: a change concerns few hosts, and if every stream looked whenever something
+changes, each change would cost a statement a host.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from typing import Any, NamedTuple
 import structlog
 
 from mcloud_base import errors
-from mcloud_controlplane.core import tables
+from mcloud_controlplane.core import tables, wakeups
 from mcloud_controlplane.core.database import Database
 
 log = structlog.get_logger()
 
 _POLL_S = 5.0  # the net under the wake-ups
-_PAUSE_S = 0.02  # at least, between two looks: what comes in a burst is looked at once
+# At least, between two times that streams are woken: what comes in a burst is read at once.
+_PAUSE_S = 0.02
+_PAUSE_OF_MANY_S = 0.1
+_MANY = 2  # streams that were woken
 _REST = 8.0  # the same, as a share of the time that the last one took
 _LEISURE_S = 1.0  # at least, between two messages to a host of what nobody waits for,
 _LONGEST_LEISURE_S = 10.0
@@ -61,7 +66,7 @@ class Follower:
     Args:
         pending: returns what hosts have not reached, of all hosts; called within a unit, with
             `urgent` when what somebody waits for is enough.
-        types: whose changes may change that; none: all.
+        types: whose changes may change that, beside those that name a host; none: all.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Follower:
         self._types = types
         self._streams: dict[str, set[Stream]] = {}  # by host
         self._task: asyncio.Task[None] | None = None
+        self._looked_at_all = self._looked_for_numbers = 0.0  # when; monotonic
 
     @contextmanager
     def following(self, stream: Stream) -> Iterator[None]:
@@ -98,33 +104,62 @@ class Follower:
                 self._task = None
 
     async def _follow(self) -> None:
-        looked = looked_at_all = 0.0
-        types = (*self._types, "host") if self._types else ()
-        with self._database.listening(*types) as event:
+        types = (tables.DESIRED, *self._types) if self._types else ()
+        with self._database.gathering(*types) as gathered:
+            gathered.add(())  # whatever was before
             while True:
-                event.clear()
-                pause = _POLL_S
-                now = time.monotonic()
-                with_numbers = now - looked > _NUMBERS_S
-                # Of those that nobody waits for, there may be as many as there are hosts.
-                urgent = now - looked_at_all < _LEISURE_S
-                try:
-                    pending, numbers = await self._database.read(self._look, urgent, with_numbers)
-                except errors.Error as error:
-                    log.warning("streams of hosts look again", reason=error.reason)
-                except Exception:  # the outermost loop: a fault must not silence every host
-                    log.exception("streams of hosts look again")
-                else:
-                    looked = now if with_numbers else looked
-                    looked_at_all = looked_at_all if urgent else now
-                    if self._wake(pending, numbers) or urgent:
-                        pause = _LEISURE_S
+                woken, others = self._wake_named(gathered.take())
+                begin = time.monotonic()
+                wait_s = self._looked_at_all + _LEISURE_S - begin
+                if others or wait_s <= 0:
+                    wait_s = await self._look_for_pending(urgent=wait_s > 0)
                 # Of many processes each looks: of a database that is busy, less often.
-                took = time.monotonic() - now
-                await asyncio.sleep(min(max(_PAUSE_S, _REST * took), _LEISURE_S))
+                rest_s = _REST * (time.monotonic() - begin)
+                pause_s = _PAUSE_S if woken < _MANY else _PAUSE_OF_MANY_S
+                await asyncio.sleep(min(max(pause_s, rest_s), _LEISURE_S))
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await event.wait()
+                    async with asyncio.timeout(wait_s):
+                        await gathered.event.wait()
+
+    async def _look_for_pending(self, *, urgent: bool) -> float:
+        """Look which hosts have something to do; return for how long to wait for more.
+
+        Args:
+            urgent: what somebody waits for is enough: of the rest there may be as many as there
+                are hosts.
+        """
+        now = time.monotonic()
+        with_numbers = now - self._looked_for_numbers > _NUMBERS_S
+        try:
+            pending, numbers = await self._database.read(self._look, urgent, with_numbers)
+        except errors.Error as error:
+            log.warning("streams of hosts look again", reason=error.reason)
+            return _POLL_S
+        except Exception:  # the outermost loop: a fault must not silence every host
+            log.exception("streams of hosts look again")
+            return _POLL_S
+        if with_numbers:
+            self._looked_for_numbers = now
+        if not urgent:
+            self._looked_at_all = now
+        return _LEISURE_S if self._wake(pending, numbers) or urgent else _POLL_S
+
+    def _wake_named(self, changes: Collection[wakeups.Concern]) -> tuple[int, bool]:
+        """Wake the streams of hosts that changes name.
+
+        Returns:
+            How many, and whether the changes may concern other hosts.
+        """
+        woken, others = 0, False
+        for type_, id_ in changes:
+            if type_ == tables.DESIRED and id_:
+                for stream in self._streams.get(id_, ()):
+                    stream.urgent = True
+                    stream.wake.set()
+                    woken += 1
+            elif type_ in ("", tables.DESIRED):
+                others = True
+        return woken, others
 
     def _look(
         self, urgent: bool, with_numbers: bool

@@ -19,6 +19,8 @@ from mcloud_controlplane.core.unit import Unit
 SESSION_LEASE_S = 30  # for how long a host counts as connected after it was last heard
 
 
+DESIRED = "desired"  # the type of the changes that wake a host's stream (`wake_host`)
+
 # `not_before` of an operation that waits until its host says what a restore has found there.
 HELD = 1 << 62
 
@@ -346,6 +348,11 @@ def wake_runners(operation_id: str, project_id: str) -> None:
     Who runs operations hears of nothing else: of each of their steps there are several changes.
     """
     changed("work", operation_id, project_id)
+
+
+def wake_host(host_id: str) -> None:
+    """Log that somebody waits for a host to do something, which is desired of it from now on."""
+    changed(DESIRED, host_id, "")
 
 
 def tell_end(operation_id: str, project_id: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,14 +17,36 @@ Concern = tuple[str, str]  # type and id of a resource; "" is any
 @dataclass(frozen=True, eq=False)
 class _Listener:
     loop: asyncio.AbstractEventLoop
-    event: asyncio.Event
+    wakes: Callable[[Collection[Concern]], None]  # in that loop
 
-    def wake(self, running: asyncio.AbstractEventLoop | None) -> None:
-        """Set the event; `running` is the loop of this thread, if there is one."""
+    def wake(self, changes: Collection[Concern], running: asyncio.AbstractEventLoop | None) -> None:
+        """Tell it of the changes; `running` is the loop of this thread, if there is one."""
         if self.loop is running:
-            self.event.set()
+            self.wakes(changes)
         elif not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.event.set)
+            self.loop.call_soon_threadsafe(self.wakes, changes)
+
+
+class Gathered:
+    """What has changed since it was last asked; `event` is set while there is something."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self._changes: set[Concern] = set()
+
+    def add(self, changes: Collection[Concern]) -> None:
+        """Take the changes of a commit; none: anything may have changed."""
+        self._changes.update(changes or {ANYTHING})
+        self.event.set()
+
+    def take(self) -> set[Concern]:
+        """Return what has changed, of whatever type; ANYTHING among it: nobody knows what."""
+        taken, self._changes = self._changes, set()
+        self.event.clear()
+        return taken
+
+
+ANYTHING = ("", "")
 
 
 class Wakeups:
@@ -41,12 +63,27 @@ class Wakeups:
             types: of the resources; none: all.
             id_: of the one resource of one of the types; empty: all.
         """
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Event())
+        event = asyncio.Event()
+        with self._told(types, id_, lambda changes: event.set()):
+            yield event
+
+    @contextmanager
+    def gathering(self, types: Collection[str]) -> Iterator[Gathered]:
+        """Give what tells the changes of commits with a change of these types; none: all."""
+        gathered = Gathered()
+        with self._told(types, "", gathered.add):
+            yield gathered
+
+    @contextmanager
+    def _told(
+        self, types: Collection[str], id_: str, wakes: Callable[[Collection[Concern]], None]
+    ) -> Iterator[None]:
+        listener = _Listener(asyncio.get_running_loop(), wakes)
         concerns = [(type_, id_) for type_ in types or ("",)]
         for concern in concerns:
             self._listeners[concern].add(listener)
         try:
-            yield listener.event
+            yield
         finally:
             for concern in concerns:
                 found = self._listeners[concern]
@@ -61,7 +98,7 @@ class Wakeups:
             woken |= self._listeners.get(concern, frozenset())
         running = asyncio._get_running_loop()
         for listener in woken:
-            listener.wake(running)
+            listener.wake(changes, running)
 
     def _met(self, changes: Collection[Concern]) -> set[Concern]:
         """Return the concerns that the changes meet; a change without an id may be of any."""

@@ -115,6 +115,7 @@ def bind(
         dataplane_store.lock_around(row)
         dataplane_store.bump_around(row)
         _save_bound(row)
+        tables.wake_host(row.host_id)
     return _answer(row, around)
 
 

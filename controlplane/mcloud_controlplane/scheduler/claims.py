@@ -286,6 +286,7 @@ def _record(opened: Database, granted: Sequence[Wish], moment: int) -> None:
         claims.append((*key, wish.host_id, *room, moment, request.server_group_id or None))
         tables.changed("host", wish.host_id, "")
         tables.changed("domain", request.domain_id, request.project_id, "ADDED")
+        tables.wake_host(wish.host_id)
         tables.changed("instance", request.instance_id, request.project_id)
     _insert(opened, _CLAIMS, claims)
     _PLACED.run(opened.peewee, [moment], [wish.request.domain_id for wish in granted])

@@ -153,6 +153,8 @@ def save(row: Volume) -> None:
     row.update_time = database.now()
     row.save()
     tables.changed("volume", row.id, row.project_id)
+    if row.observed_generation < row.desired_generation:
+        tables.wake_host(row.host_id)
 
 
 def list_page(

@@ -12,7 +12,7 @@ import peewee
 import pytest
 
 from fixtures_postgresql import postgresql_server, postgresql_url  # noqa: F401
-from mcloud_controlplane.core import schema, tables
+from mcloud_controlplane.core import schema, tables, wakeups
 from mcloud_controlplane.core.database import Database
 
 _PROXY = peewee.DatabaseProxy()
@@ -86,3 +86,30 @@ async def test_another_processs_commit_wakes(opened: Database, url: str) -> None
         await asyncio.to_thread(subprocess.run, command, check=True, timeout=60)
         async with asyncio.timeout(10):
             await host.wait()
+
+
+async def test_what_has_changed_is_gathered_until_it_is_taken(opened: Database) -> None:
+    async with asyncio.timeout(30):
+        with opened.gathering("host", "desired") as gathered:
+            told = set()
+            for type_, id_ in (("host", "h-1"), ("operation", "op-1"), ("desired", "h-2")):
+                await opened.write(tables.changed, type_, id_, "")
+            while not {("host", "h-1"), ("desired", "h-2")} <= told:
+                await gathered.event.wait()
+                told |= gathered.take()
+                assert not gathered.event.is_set()
+            assert ("operation", "op-1") not in told
+
+
+async def test_of_another_processs_commit_as_much_is_told_as_is_known(
+    opened: Database, url: str
+) -> None:
+    with opened.gathering("host") as gathered:
+        command = [sys.executable, "-c", _ELSEWHERE, url, "host"]
+        await asyncio.to_thread(subprocess.run, command, check=True, timeout=60)
+        wanted = ("host", "x-1") if opened.is_postgresql else wakeups.ANYTHING
+        told: set[wakeups.Concern] = set()
+        async with asyncio.timeout(10):
+            while wanted not in told:
+                await gathered.event.wait()
+                told |= gathered.take()
