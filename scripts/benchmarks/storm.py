@@ -162,7 +162,7 @@ class Storm:
         outcome.succeeded = [outcome.seconds] * operation.parts.succeeded_count
         return outcome
 
-    async def delete(self, *, clients: int = 32) -> Outcome:
+    async def delete(self, *, clients: int = 32, listed: bool = True) -> Outcome:
         """Delete every instance that storms have left."""
         left = {instance.metadata.id for instance in await self.instances()}
 
@@ -173,7 +173,7 @@ class Storm:
                 instance_pb2.Instance,
             )
 
-        return await self._blow(delete_one, sorted(left), clients)
+        return await self._blow(delete_one, sorted(left), clients, listed=listed)
 
     async def instances(self) -> list[instance_pb2.Instance]:
         """Return the instances of all storms."""

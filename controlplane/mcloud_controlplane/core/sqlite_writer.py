@@ -36,6 +36,9 @@ _MOST_S = 0.01  # for which units of one transaction run before others of the lo
 # callers wait for the answer.
 _PAUSE_S = 0.012
 _PAUSE_OF_CALLS_S = 0.004
+# After such a rest a unit runs at once, without turns of the loop before and after; not within it,
+# as one who writes again and again would keep the loop to itself.
+_REST_S = 0.001
 _TRIES = 5  # of a unit: one that lost a race finds what the winner wrote
 _LOOK_S = 0.05  # between looks for the commits of other processes
 _CLOSE_S = 60.0  # for the loop to get to it, and for the commit that runs
@@ -160,13 +163,16 @@ class SqliteWriter:
         return await turn.future
 
     def _schedule(self, turn: _Turn) -> None:
-        """Have a transaction begun in which it has its turn."""
+        """Have a transaction begun in which it has its turn; or begin it."""
         if self._commits or self._closed:
             return
         of_call = turn.end is not None
         when = self._ended + min(self._pause_s, _PAUSE_OF_CALLS_S if of_call else _PAUSE_S)
         if self._scheduled is None:
-            self._scheduled = self.loop.call_at(when, self._work)
+            if self._pause_s < _REST_S and self.loop.time() > self._ended + _REST_S:
+                self._work()
+            else:
+                self._scheduled = self.loop.call_at(when, self._work)
         elif when < self._scheduled.when() and self._locked_since is None:
             self._scheduled.cancel()
             self._scheduled = self.loop.call_at(when, self._work)
@@ -317,6 +323,7 @@ class SqliteWriter:
 
     def _fail(self, error: BaseException) -> None:
         """Refuse all units of the transaction: none of them is in the database."""
+        self._ended = self.loop.time()
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._cursor.execute("ROLLBACK")

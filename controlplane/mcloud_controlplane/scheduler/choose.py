@@ -9,9 +9,9 @@ import numpy as np
 
 from mcloud.scheduler.v1 import placement_pb2
 from mcloud_controlplane.scheduler.filters import FILTERS, Filter
-from mcloud_controlplane.scheduler.hosts import DISK, MEMORY, VCPU, Floats, Hosts, Ints, Need
+from mcloud_controlplane.scheduler.hosts import DISK, MEMORY, VCPU, Bools, Floats, Hosts, Ints, Need
 from mcloud_controlplane.scheduler.server_group import ANTI_AFFINITY, Group
-from mcloud_controlplane.scheduler.weighers import WEIGHERS, Weigher, scaled
+from mcloud_controlplane.scheduler.weighers import WEIGHERS, Weigher, weighed
 
 TOP = 10
 
@@ -47,44 +47,52 @@ def choose(
             disk_gib=int(need.resources[DISK]),
         ),
     )
-    left, count = np.ones(len(hosts), np.bool_), len(hosts)
+    # Arrays of all hosts are what a choice takes its time for: none is made for what all pass.
+    everyone, left, count = len(hosts), None, len(hosts)
     for rule in filters:
         mask = rule.mask(hosts, need)
         passed, before = left, count
         if mask is not None:
-            passed = left & mask
+            passed = mask if left is None else left & mask
             count = int(np.count_nonzero(passed))
+            if count == everyone:
+                passed = None
+        reason = ""
+        if before and not count:
+            reason = rule.reason(hosts, need, _all(hosts) if left is None else left)
         explanation.filters.add(
-            name=rule.name,
-            removed_count=before - count,
-            left_count=count,
-            reason=rule.reason(hosts, need, left) if before and not count else "",
+            name=rule.name, removed_count=before - count, left_count=count, reason=reason
         )
         left = passed
         if not count:
             return Choice([], explanation)
-    numbers = np.flatnonzero(left)
-    scores = np.zeros(len(numbers))
+    numbers = np.arange(everyone) if left is None else np.flatnonzero(left)
+    scores = np.zeros(count)
     weights: dict[str, Floats] = {}
     for weigher in weighers:
         raw = weigher.scores(hosts, need)
         if raw is None:
             continue
-        raw = raw if count == len(hosts) else raw[numbers]
+        raw = raw if left is None else raw[numbers]
         weights[weigher.name] = raw
-        scores += weigher.multiplier * scaled(raw)
-    best = _best(np.round(scores, 9), numbers, turn % len(hosts), limit)
+        more = weighed(raw, weigher.multiplier)
+        if more is not None:
+            scores += more
+    best = _best(np.round(scores, 9), numbers, turn % everyone, limit)
     # As lists: to take one value out of an array takes as long as all of these.
     chosen, top = numbers[best].tolist(), best[:TOP]
-    of_top = {name: raw[top].tolist() for name, raw in weights.items()}
+    of_top = [(name, raw[top].tolist()) for name, raw in weights.items()]
     for place, (number, score) in enumerate(zip(chosen, scores[top].tolist(), strict=False)):
-        explanation.top_hosts.add(
-            host_id=hosts.ids[number],
-            host_name=hosts.names[number],
-            score=score,
-            weights={name: values[place] for name, values in of_top.items()},
+        host = explanation.top_hosts.add(
+            host_id=hosts.ids[number], host_name=hosts.names[number], score=score
         )
+        for name, values in of_top:
+            host.weights[name] = values[place]
     return Choice([hosts.ids[number] for number in chosen], explanation)
+
+
+def _all(hosts: Hosts) -> Bools:
+    return np.ones(len(hosts), np.bool_)
 
 
 def _best(scores: Floats, numbers: Ints, turn: int, limit: int) -> Ints:
@@ -112,14 +120,14 @@ def capacity(hosts: Hosts, need: Need) -> tuple[int, int]:
 
     With affinity and no member yet, on whichever hosts: the first one decides.
     """
-    left = np.ones(len(hosts), np.bool_)
+    left = _all(hosts)
     for rule in FILTERS:
         if (mask := rule.mask(hosts, need)) is not None:
             left &= mask
     wanted = np.array(need.resources)
     if not left.any() or not wanted.any():
         return 0, int(left.sum())
-    free = hosts.free()[:, left][wanted > 0]
+    free = hosts.free[:, left][wanted > 0]
     fits = np.maximum(np.floor(free / wanted[wanted > 0][:, None]).min(axis=0), 0)
     if need.group is not None and need.group.policy == ANTI_AFFINITY:
         fits = np.minimum(fits, _rooms(hosts, need.group)[left])

@@ -1,9 +1,9 @@
 """Decides on requests for room: some at a time, each chosen for in turn, all claimed at once.
 
 A transaction costs the same for one claim as for many, and of what a decision takes it is nearly
-all. So whatever waits when the last claims are committed is decided together. Each choice is made
-on a draft that has the choices before it; what is true is decided by the transaction (claims.py),
-which also tells what the hosts are then, and who lost a host to another scheduler chooses again.
+all. So whatever waits when the last claims are committed is decided together. Each choice counts on
+those before it; what is true is decided by the transaction (claims.py), which also tells what the
+hosts are then, and who lost a host to another scheduler chooses again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import random
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import structlog
 
 from mcloud.common.v1 import operation_pb2
 from mcloud.scheduler.v1 import placement_pb2, placement_service_pb2
@@ -28,8 +26,6 @@ from mcloud_controlplane.scheduler.hosts import Hosts, Need
 from mcloud_controlplane.scheduler.server_group import AFFINITY, Group
 from mcloud_controlplane.scheduler.view import View
 from mcloud_controlplane.settings import Settings
-
-log = structlog.get_logger()
 
 Groups = Mapping[str, Group]  # server groups by id
 
@@ -155,24 +151,32 @@ class Decisions:
         Args:
             groups: of the batch; the choices count as members from then on.
         """
-        draft, wishes, stuck = self._view.hosts.draft(), [], []
-        for request in batch:
-            await asyncio.sleep(0)  # a batch takes a while, in which others have their turns
-            request.taken = request.taken or database.now()
-            group_id = request.message.server_group_id
-            if group_id and group_id not in groups:
-                request.end(not_found(group_id))
-                continue
-            host_id = self._choose(draft, request, groups)
-            if host_id is None:
-                stuck.append(request)
-            elif request.message.dry_run:
-                request.end(self._told(draft, request, host_id, groups))
-            else:
-                draft.claim(host_id, claims.resources(request.message.resources))
-                if group_id:
-                    groups[group_id].add(host_id)
-                wishes.append(Wish(request.message, host_id, request.explanation))
+        hosts, wishes, stuck = self._view.hosts, list[Wish](), list[_Request]()
+        counted = list[Wish]()  # on by choices after them
+        try:
+            for request in batch:
+                if request is not batch[0]:
+                    await asyncio.sleep(0)  # it takes a while, in which others have their turns
+                request.taken = request.taken or database.now()
+                group_id = request.message.server_group_id
+                if group_id and group_id not in groups:
+                    request.end(not_found(group_id))
+                    continue
+                host_id = self._choose(hosts, request, groups)
+                if host_id is None:
+                    stuck.append(request)
+                elif request.message.dry_run:
+                    request.end(self._told(hosts, request, host_id, groups))
+                else:
+                    if group_id:
+                        groups[group_id].add(host_id)
+                    wishes.append(Wish(request.message, host_id, request.explanation))
+                    if request is not batch[-1]:
+                        counted.append(wishes[-1])
+                        hosts.claim(host_id, claims.resources(request.message.resources))
+        finally:  # what is claimed the transaction will tell
+            for wish in counted:
+                hosts.give_back(wish.host_id, claims.resources(wish.request.resources))
         return wishes, stuck
 
     def _told(
@@ -252,8 +256,6 @@ class Decisions:
             elif isinstance(outcome, Exception):
                 request.end(outcome)
             else:
-                instance_id, name = wish.request.instance_id, outcome.host_name
-                log.info("host claimed", step=7, instance=instance_id, host=name)
                 request.end(_answer(request, outcome, wish.explanation))
         return lost
 

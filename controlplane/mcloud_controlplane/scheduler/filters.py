@@ -31,7 +31,8 @@ class Filter:
 
 def alive(hosts: Hosts, need: Need) -> Bools:
     """Pass hosts that have reported lately, and not before a clock was set back."""
-    return np.abs(need.now - hosts.report_time) <= need.silent_after_us
+    times, most = hosts.report_time, need.silent_after_us
+    return np.asarray((times >= need.now - most) & (times <= need.now + most))
 
 
 def all_just_fell_silent(hosts: Hosts, need: Need) -> bool:
@@ -80,15 +81,14 @@ def arch(hosts: Hosts, need: Need) -> Bools | None:
 
 def _room(dimension: int) -> Callable[[Hosts, Need], Bools]:
     def mask(hosts: Hosts, need: Need) -> Bools:
-        room = hosts.limit[dimension] - hosts.claimed[dimension]
-        return np.asarray(room >= need.resources[dimension])
+        return np.asarray(hosts.free[dimension] >= need.resources[dimension])
 
     return mask
 
 
 def _no_room(dimension: int) -> Callable[[Hosts, Need, Bools], str]:
     def reason(hosts: Hosts, need: Need, left: Bools) -> str:
-        largest = (hosts.limit[dimension] - hosts.claimed[dimension])[left].max(initial=0)
+        largest = hosts.free[dimension][left].max(initial=0)
         return (
             f"no host has {need.resources[dimension]:.0f} {DIMENSIONS[dimension]} free "
             f"(largest: {max(largest, 0):.0f})"

@@ -75,9 +75,10 @@ class Words:
 
 @dataclass
 class Hosts:
-    """All hosts, in no order. Arrays have one entry a host; `limit` and `claimed` three rows.
+    """All hosts, in no order. Arrays have one entry a host; those of resources have three rows.
 
-    `zones` and `archs` are numbers of `words`.
+    `zones` and `archs` are numbers of `words`. `free` is what is left of `limit`, and `free_share`
+    the part of it: each choice asks for them, and a claim changes one entry.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -88,6 +89,8 @@ class Hosts:
     enabled: Bools = field(default_factory=lambda: np.empty(0, np.bool_))
     limit: Floats = field(default_factory=lambda: np.empty((3, 0)))
     claimed: Floats = field(default_factory=lambda: np.empty((3, 0)))
+    free: Floats = field(default_factory=lambda: np.empty((3, 0)))
+    free_share: Floats = field(default_factory=lambda: np.empty((3, 0)))
     instance_count: Floats = field(default_factory=lambda: np.empty(0))
     failure_count: Floats = field(default_factory=lambda: np.empty(0))
     report_time: Ints = field(default_factory=lambda: np.empty(0, np.int64))
@@ -97,6 +100,10 @@ class Hosts:
     def of(cls, records: Sequence[HostRecord]) -> Hosts:
         """Build the arrays."""
         words = Words()
+        limit = np.array([record.limit for record in records], dtype=float).reshape(-1, 3).T.copy()
+        claimed = np.array([record.claimed for record in records], dtype=float)
+        claimed = claimed.reshape(-1, 3).T.copy()
+        free = limit - claimed
         return cls(
             ids=[record.id for record in records],
             names=[record.name for record in records],
@@ -104,10 +111,10 @@ class Hosts:
             zones=np.array([words.add(record.zone) for record in records], dtype=np.int64),
             archs=np.array([words.add(record.arch) for record in records], dtype=np.int64),
             enabled=np.array([record.enabled for record in records], dtype=np.bool_),
-            limit=np.array([record.limit for record in records], dtype=float)
-            .reshape(-1, 3)
-            .T.copy(),
-            claimed=np.array([r.claimed for r in records], dtype=float).reshape(-1, 3).T.copy(),
+            limit=limit,
+            claimed=claimed,
+            free=free,
+            free_share=free / np.maximum(limit, 1),
             instance_count=np.array([record.instance_count for record in records], dtype=float),
             failure_count=np.array([record.failure_count for record in records], dtype=float),
             report_time=np.array([record.report_time for record in records], dtype=np.int64),
@@ -117,21 +124,27 @@ class Hosts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def free(self) -> Floats:
-        """Return what may still be claimed: three rows."""
-        return self.limit - self.claimed
-
     def find(self, ids: Iterable[str]) -> list[int]:
         """Return where the entries of hosts are; not of those that have none."""
         return [self.index[id_] for id_ in ids if id_ in self.index]
 
-    def draft(self) -> Hosts:
-        """Return a copy for decisions that are not claimed yet: its `claimed` is its own."""
-        return replace(self, claimed=self.claimed.copy())
-
     def claim(self, id_: str, resources: Resources) -> None:
         """Count on what is about to be claimed on a host."""
-        self.claimed[:, self.index[id_]] += resources
+        number = self.index[id_]
+        self.claimed[:, number] += resources
+        self._find_free(number)
+
+    def give_back(self, id_: str, resources: Resources) -> None:
+        """Count no more on what was to be claimed."""
+        number = self.index[id_]
+        self.claimed[:, number] -= resources
+        self._find_free(number)
+
+    def _find_free(self, number: int) -> None:
+        limit = self.limit[:, number]
+        free = limit - self.claimed[:, number]
+        self.free[:, number] = free
+        self.free_share[:, number] = free / np.maximum(limit, 1)
 
     def update(self, records: Mapping[str, HostRecord | None]) -> Hosts:
         """Take over what changed; None: the host is gone. Returns the view to use from now on."""
@@ -149,6 +162,7 @@ class Hosts:
             self.enabled[number] = record.enabled
             self.limit[:, number] = record.limit
             self.claimed[:, number] = record.claimed
+            self._find_free(number)
             self.instance_count[number] = record.instance_count
             self.failure_count[number] = record.failure_count
             self.report_time[number] = record.report_time

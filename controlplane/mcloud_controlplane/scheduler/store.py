@@ -240,5 +240,5 @@ def keep_alive(
 
 def report_times() -> dict[str, int]:
     """Return when each host has reported last: µs since 1970."""
-    query = Host.select(Host.id, Host.report_time).where(Host.delete_time.is_null())
-    return {row.id: row.report_time for row in query}
+    query: Any = Host.select(Host.id, Host.report_time).where(Host.delete_time.is_null())
+    return dict(query.tuples())

@@ -29,14 +29,12 @@ class Weigher:
 
 def free_memory(hosts: Hosts, need: Need) -> Floats:
     """Prefer the share of memory that is free, so that hosts of all sizes fill alike."""
-    limit = np.maximum(hosts.limit[MEMORY], 1)
-    return np.asarray((hosts.limit[MEMORY] - hosts.claimed[MEMORY]) / limit)
+    return np.asarray(hosts.free_share[MEMORY])
 
 
 def free_vcpu(hosts: Hosts, need: Need) -> Floats:
     """Prefer the share of processors that is free."""
-    limit = np.maximum(hosts.limit[VCPU], 1)
-    return np.asarray((hosts.limit[VCPU] - hosts.claimed[VCPU]) / limit)
+    return np.asarray(hosts.free_share[VCPU])
 
 
 def failures(hosts: Hosts, need: Need) -> Floats:
@@ -66,13 +64,15 @@ WEIGHERS: tuple[Weigher, ...] = (
 )
 
 
-def scaled(scores: Floats) -> Floats:
-    """Return scores on a scale of 0 to 1; all 0 where they are equal: no opinion.
+def weighed(scores: Floats, multiplier: float) -> Floats | None:
+    """Return scores on a scale of 0 to 1, times the multiplier; None: all are equal.
 
     Args:
         scores: at least one.
     """
-    low, high = scores.min(), scores.max()
+    low, high = float(scores.min()), float(scores.max())
     if high - low < 1e-12:
-        return np.zeros_like(scores)
-    return np.asarray((scores - low) / (high - low))
+        return None
+    found = scores - low
+    found *= multiplier / (high - low)
+    return found
