@@ -63,9 +63,7 @@ async def _by_instances(cloud: Cloud, counts: Sequence[int]) -> list[Curve]:
         await storm.prepare()
         for count in counts:
             begin = cloud.cpu_s()
-            created = await storm.create(
-                count - there, clients=CLIENTS, first=there, listed=False
-            )
+            created = await storm.create(count - there, clients=CLIENTS, first=there, listed=False)
             used = cloud.cpu_since(begin)[""]
             assert not created.failed, created.failed
             cpu.append((count, 1000 * used / (count - there)))
