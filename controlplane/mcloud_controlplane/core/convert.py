@@ -22,6 +22,12 @@ def timestamp(microseconds: int) -> timestamp_pb2.Timestamp:
     )
 
 
+def fill(moment: timestamp_pb2.Timestamp, microseconds: int) -> None:
+    """Set a message's own Timestamp, which takes a third of making one that is copied there."""
+    moment.seconds = microseconds // 1_000_000
+    moment.nanos = microseconds % 1_000_000 * 1000
+
+
 def microseconds(moment: timestamp_pb2.Timestamp) -> int:
     """Return a Timestamp as microseconds since 1970."""
     return moment.seconds * 1_000_000 + moment.nanos // 1000
@@ -36,11 +42,11 @@ def metadata(row: tables.Resource) -> metadata_pb2.ResourceMetadata:
         labels=row.labels,
         resource_version=str(row.version),
         generation=row.generation,
-        create_time=timestamp(row.create_time),
-        update_time=timestamp(row.update_time),
     )
+    fill(message.create_time, row.create_time)
+    fill(message.update_time, row.update_time)
     if row.delete_time is not None:
-        message.delete_time.CopyFrom(timestamp(row.delete_time))
+        fill(message.delete_time, row.delete_time)
     return message
 
 

@@ -42,12 +42,13 @@ def message(
         and not row.workflow.startswith(FORWARD)
         and row.state == "RUNNING"
         and not row.cancel_requested,
-        steps=[_step(step) for step in steps],
-        create_time=convert.timestamp(row.create_time),
         trace_id=row.trace_id,
         parent_id=row.parent_id or "",
         parts=parts,
     )
+    convert.fill(operation.create_time, row.create_time)
+    for step in steps:
+        _add_step(operation, step)
     if row.error:
         operation.error.CopyFrom(status_pb2.Status.FromString(bytes(row.error)))
     if row.request:
@@ -55,9 +56,9 @@ def message(
     if row.response:
         operation.response.CopyFrom(any_pb2.Any.FromString(bytes(row.response)))
     if row.end_time is not None:
-        operation.end_time.CopyFrom(convert.timestamp(row.end_time))
+        convert.fill(operation.end_time, row.end_time)
     if row.deadline is not None:
-        operation.deadline.CopyFrom(convert.timestamp(row.deadline))
+        convert.fill(operation.deadline, row.deadline)
     operation.progress_percent = _progress(row, steps, parts)
     return operation
 
@@ -161,20 +162,19 @@ def end_with_parts(shared: tables.Tables, id_: str) -> bool:
     return True
 
 
-def _step(row: Any) -> operation_pb2.OperationStep:
-    step = operation_pb2.OperationStep(
+def _add_step(operation: Operation, row: Any) -> None:
+    step = operation.steps.add(
         number=row.number,
         name=row.name,
         service=row.service,
         host=row.host,
         attempt=row.attempt,
         state=contract.enum_value(row.state, operation_pb2.OperationStep.State),
-        start_time=convert.timestamp(row.start_time),
         detail=row.detail,
     )
+    convert.fill(step.start_time, row.start_time)
     if row.end_time is not None:
-        step.end_time.CopyFrom(convert.timestamp(row.end_time))
-    return step
+        convert.fill(step.end_time, row.end_time)
 
 
 def _progress(row: Any, steps: Sequence[Any], parts: operation_pb2.OperationParts | None) -> int:
