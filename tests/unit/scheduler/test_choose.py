@@ -197,8 +197,7 @@ def test_equal_hosts_are_filled_evenly_in_a_burst(count: int, each: int, first: 
     hosts = Hosts.of(records)
     need = replace(NEED, resources=(1.0, 1.0, 1.0))
     for turn in range(count * each):
-        place = hosts.index[choose.choose(hosts, need, turn=first + turn).candidates[0]]
-        hosts.claimed[:, place] += need.resources
+        hosts.claim(choose.choose(hosts, need, turn=first + turn).candidates[0], need.resources)
     assert set(hosts.claimed[0]) == {each}
 
 
@@ -219,9 +218,21 @@ def test_capacity_is_what_repeated_claims_are_granted(
     used, granted = set(), 0
     while found := choose.choose(hosts, need, turn=granted).candidates:
         used.add(found[0])
-        hosts.claimed[:, hosts.index[found[0]]] += need.resources
+        hosts.claim(found[0], need.resources)
         granted += 1
     assert (count, host_count) == (granted, len(used))
+
+
+@settings(max_examples=60, deadline=None)
+@given(_records, _needs)
+def test_what_a_choice_counted_on_can_be_given_back(records: list[HostRecord], need: Need) -> None:
+    hosts, like = Hosts.of(records), Hosts.of(records)
+    for record in records:
+        hosts.claim(record.id, need.resources)
+    for record in records:
+        hosts.give_back(record.id, need.resources)
+    for name in ("claimed", "free", "free_share"):
+        assert np.array_equal(getattr(hosts, name), getattr(like, name))
 
 
 @settings(max_examples=60, deadline=None)
