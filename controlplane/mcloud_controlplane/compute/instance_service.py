@@ -80,7 +80,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         self, request: instance_service_pb2.GetInstanceRequest, context: Context
     ) -> instance_pb2.Instance:
         """Return one."""
-        return await self._database.read_few(instance_store.get_visible, auth.caller(), request.id)
+        return await self._database.read_one(instance_store.get_visible, auth.caller(), request.id)
 
     async def ListInstances(
         self, request: instance_service_pb2.ListInstancesRequest, context: Context

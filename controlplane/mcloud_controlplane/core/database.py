@@ -183,9 +183,15 @@ class Database:
         """
         if self.is_postgresql:
             return await self.read(function, *args, **kwargs)
-        if self._closed.is_set():
-            raise errors.Unavailable("DATABASE_UNAVAILABLE", "this process ends")
+        self._require_open()
         return self.read_now(function, *args, **kwargs)
+
+    async def read_one(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a unit as `read_few` does, of one statement: it needs no transaction around it."""
+        if self.is_postgresql:
+            return await self.read(function, *args, **kwargs)
+        self._require_open()
+        return self._reading(self._read_statement, partial(function, *args, **kwargs))
 
     async def _write_sqlite(self, function: Callable[[], T], *, urgent: bool = False) -> T:
         self._require_room()
@@ -232,9 +238,12 @@ class Database:
         # Cancelling drops a unit that still waits; one that has started is finished.
         return await asyncio.wrap_future(future)
 
-    def _require_room(self) -> None:
+    def _require_open(self) -> None:
         if self._closed.is_set():
             raise errors.Unavailable("DATABASE_UNAVAILABLE", "this process ends")
+
+    def _require_room(self) -> None:
+        self._require_open()
         if self.waiting >= self._queue_limit:
             raise errors.Exhausted(
                 "DATABASE_BUSY",
@@ -301,16 +310,26 @@ class Database:
 
     def read_now(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a reading unit in this thread."""
+        read = self._read_postgresql if self.is_postgresql else self._read_snapshot
+        return self._reading(read, partial(function, *args, **kwargs))
+
+    def _reading(self, read: Callable[[Callable[[], T]], T], function: Callable[[], T]) -> T:
         token = _current.set(self)
         try:
-            if self.is_postgresql:
-                return self._read_postgresql(partial(function, *args, **kwargs))
-            with connections.Snapshot(self.peewee):
-                return function(*args, **kwargs)
+            return read(function)
         except peewee.OperationalError as error:
             raise self._unavailable(error) from error
         finally:
             _current.reset(token)
+
+    def _read_snapshot(self, function: Callable[[], T]) -> T:
+        with connections.Snapshot(self.peewee):
+            return function()
+
+    def _read_statement(self, function: Callable[[], T]) -> T:
+        if self.peewee.is_closed():
+            connections.open_here(self.peewee)
+        return function()
 
     def _read_postgresql(self, function: Callable[[], T]) -> T:
         """Run a unit; once more if the server was started anew since this thread used it.

@@ -29,6 +29,7 @@ Rule = options_pb2.Rule
 # Offered to anyone, without a rule of ours.
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 _STATUS_BYTES = 4500  # clients take 8 KiB of trailing metadata, in which it is not all there is
+_MOST_USERS = 10_000  # that are not worked out anew at each call
 _NOBODY = auth.Caller(kind=Rule.CALLER_ANYONE)
 _CHANGING = (Rule.KIND_MUTATE, Rule.KIND_ISSUE, Rule.KIND_STREAM)
 
@@ -66,6 +67,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._internal = internal
         self._is_revoked = is_revoked
         self._guarded_handlers: dict[str, Any] = {}  # by method; each is made once
+        self._users: dict[str, tuple[dict[str, Any], auth.Caller]] = {}  # by token
 
     async def intercept_service(
         self,
@@ -175,7 +177,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         (At its own, gRPC cancels it.)
         """
         place = self._places.place(auth.caller(), context.peer, stays=stays)
-        if stays or context.time_remaining() is not None:
+        if stays or database.deadline.get() is not None:
             return place
         return self._ended_by_default(place)
 
@@ -247,7 +249,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         claims = await self._checker.check(token, mutates=policy.changes)
         if claims["typ"] != "user":
             raise errors.Unauthenticated("TOKEN_INVALID", "this token is not for this port")
-        return tokens.caller_from_claims(claims)
+        known = self._users.get(token)
+        if known is None or known[0] is not claims:
+            if len(self._users) > _MOST_USERS:
+                self._users.clear()
+            known = self._users[token] = claims, tokens.caller_from_claims(claims)
+        return known[1]
 
 
 class _Policy(NamedTuple):

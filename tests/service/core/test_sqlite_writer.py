@@ -107,14 +107,24 @@ async def test_what_fails_after_the_commit_is_told_to_its_own_only(opened: Datab
 
 
 async def test_a_fault_in_the_log_of_changes_holds_nobody_up(opened: Database) -> None:
-    results = await asyncio.gather(
+    first, *results = await asyncio.gather(
+        opened.write(note, "0"),  # at once; the others wait, and have one transaction
         opened.write(tables.changed, "thing", object(), ""),  # type: ignore[arg-type]
         opened.write(note, "a"),
         return_exceptions=True,
     )
+    assert first == "0"
     assert all(isinstance(result, Exception) for result in results)
     assert await opened.write(note, "b") == "b"
-    assert await opened.read(noted) == ["b"]
+    assert await opened.read(noted) == ["0", "b"]
+
+
+async def test_a_unit_that_comes_after_a_rest_needs_no_turn_of_the_loop(opened: Database) -> None:
+    turns: list[str] = []
+    asyncio.get_running_loop().call_soon(turns.append, "a turn")
+    assert await opened.write(note, "a") == "a"
+    assert not turns
+    assert await opened.read(noted) == ["a"]
 
 
 async def test_atomic_within_a_unit_is_taken_back_alone(opened: Database) -> None:
@@ -143,11 +153,12 @@ async def test_what_nobody_waits_for_any_more_is_not_begun(opened: Database) -> 
 async def test_the_urgent_goes_first(opened: Database) -> None:
     order: list[str] = []
     await asyncio.gather(
+        opened.write(order.append, "at once"),
         opened.write(order.append, "a"),
         opened.write(order.append, "b"),
         opened.write_at_once(order.append, "urgent"),
     )
-    assert order == ["urgent", "a", "b"]
+    assert order == ["at once", "urgent", "a", "b"]
 
 
 async def test_another_program_that_writes_is_waited_for(opened: Database, path: Path) -> None:
@@ -236,9 +247,11 @@ asyncio.run(main())
 
 
 async def test_what_waits_when_it_closes_is_told(opened: Database) -> None:
+    done = asyncio.create_task(opened.write(note, "done"))
     waiting = asyncio.create_task(opened.write(note, "a"))
     await asyncio.sleep(0)
     opened.close()
+    assert await done == "done"
     with pytest.raises(errors.Unavailable):
         await waiting
     with pytest.raises(errors.Unavailable):
