@@ -92,6 +92,10 @@ def bearer(token: str) -> Metadata:
     return (("authorization", f"Bearer {token}"),)
 
 
+# Of a try: one that is cut off says nothing, and hides why those before it were refused.
+_LEAST_S = 0.1
+
+
 async def call(
     method: UnaryCall[RequestT, ResponseT],
     request: RequestT,
@@ -119,7 +123,7 @@ async def call(
             if not _passes(reason):
                 raise reason from error
             wait = max(pause, asked_to_wait_s(reason)) * random.uniform(0.8, 1.2)  # noqa: S311
-            if time.monotonic() + wait >= end:
+            if time.monotonic() + wait + _LEAST_S >= end:
                 raise reason from error
         await asyncio.sleep(wait)
         pause = min(pause * 2, 2.0)

@@ -33,7 +33,7 @@ from mcloud_controlplane.core import connections
 from mcloud_controlplane.core.precedence import Precedence
 from mcloud_controlplane.core.sqlite_writer import SqliteWriter
 from mcloud_controlplane.core.unit import Unit
-from mcloud_controlplane.core.wakeups import Gathered, Wakeups
+from mcloud_controlplane.core.wakeups import Gathering, Wakeups
 
 log = structlog.get_logger()
 
@@ -402,7 +402,7 @@ class Database:
             yield event
 
     @contextmanager
-    def gathering(self, *types: str) -> Iterator[Gathered]:
+    def gathering(self, *types: str) -> Iterator[Gathering]:
         """Give what tells which changes were committed, in whatever process, as far as is known.
 
         Hints like those of `listening`.

@@ -27,7 +27,7 @@ class _Listener:
             self.loop.call_soon_threadsafe(self.wakes, changes)
 
 
-class Gathered:
+class Gathering:
     """What has changed since it was last asked; `event` is set while there is something."""
 
     def __init__(self) -> None:
@@ -68,9 +68,9 @@ class Wakeups:
             yield event
 
     @contextmanager
-    def gathering(self, types: Collection[str]) -> Iterator[Gathered]:
+    def gathering(self, types: Collection[str]) -> Iterator[Gathering]:
         """Give what tells the changes of commits with a change of these types; none: all."""
-        gathered = Gathered()
+        gathered = Gathering()
         with self._told(types, "", gathered.add):
             yield gathered
 
