@@ -5,7 +5,6 @@ The options are those of mcloud/common/v1/options.proto; nothing here knows any 
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 import re
@@ -93,7 +92,7 @@ def digest(message: Message, key: bytes) -> str:
     for field in ("request_id", "validate_only"):
         if field in copy.DESCRIPTOR.fields_by_name:
             copy.ClearField(field)
-    return hmac.new(key, copy.SerializeToString(deterministic=True), hashlib.sha256).hexdigest()
+    return hmac.digest(key, copy.SerializeToString(deterministic=True), "sha256").hex()
 
 
 def enum_name(value: int, enum: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 from google.protobuf import any_pb2
@@ -168,7 +169,7 @@ class Frame:
                 self._record(part, self._row(part, request, None))
         return operations.message(row, steps, parts)
 
-    def _record(self, mutation: Mutation, row: tables.Operation) -> list[tables.OperationStep]:
+    def _record(self, mutation: Mutation, row: tables.Operation) -> list[SimpleNamespace]:
         """Write an operation and its steps so far; offer it to whoever runs it."""
         steps = list(mutation._steps)
         if row.workflow and not mutation._parts:
@@ -181,7 +182,7 @@ class Frame:
         if steps:
             trace.insert(self._tables, row.id, steps)
         tables.changed("operation", row.id, row.project_id, "ADDED")
-        return [self._tables.operation_step.fresh(attempt=1, **step) for step in steps]
+        return [SimpleNamespace(attempt=1, **step) for step in steps]
 
     def accept(self, caller: auth.Caller, method: str, request: Any, made_id: str) -> str:
         """Record a request, first thing in its unit; return what its first time made, if earlier.

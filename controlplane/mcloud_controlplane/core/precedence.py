@@ -3,7 +3,8 @@
 To accept a request takes milliseconds, to do what it asks for ten times as long and more. If both
 had their turns alike, each of many who ask at once would wait for the work of those before. So
 while many ask, steps of operations begin one after the other, with a pause, and not as they come:
-they go on, whoever asks for however long, and take an eighth of the time at most.
+they go on, whoever asks for however long, and take an eighth of the time at most. The first of many
+seems to be alone: so after each the steps wait for a moment, in which the next may come.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from contextlib import contextmanager
 
 _MANY = 4  # who ask within _SOON_S
 _SOON_S = 0.1
-_CALM_S = 0.01  # without anybody who asks, between two who ask at once and after the last
+# Without anybody who asks, after the last one, until all steps begin: of many the next one takes
+# longer to come; one who asks alone waits for what was asked for.
+_CALM_S = 0.01
+_CALM_OF_FEW_S = 0.001
 _STEP_S = 0.05  # between the beginnings of two steps, while many ask
 
 
@@ -26,7 +30,7 @@ class Precedence:
         self._count = 0  # that are being accepted
         self._begun: deque[float] = deque(maxlen=_MANY)  # when the last ones came
         self._waiting: deque[asyncio.Future[None]] = deque()  # steps
-        self._pacing: asyncio.TimerHandle | None = None  # while many ask
+        self._pacing: asyncio.TimerHandle | None = None  # while steps wait
         self._calm: asyncio.TimerHandle | None = None
 
     @contextmanager
@@ -40,14 +44,16 @@ class Precedence:
         # gRPC hands over a call a turn of the loop: they may come one by one.
         self._begun.append(loop.time())
         many = len(self._begun) == _MANY and loop.time() - self._begun[0] < _SOON_S
-        if many and self._pacing is None:
-            self._pacing = loop.call_later(_STEP_S, self._begin_next)
+        if many:
+            self._pace()
         try:
             yield
         finally:
             self._count -= 1
-            if self._pacing is not None and not self._count:
-                self._calm = loop.call_later(_CALM_S, self._begin_all)
+            if not self._count:
+                self._pace()
+                calm_s = _CALM_S if many else _CALM_OF_FEW_S
+                self._calm = loop.call_later(calm_s, self._begin_all)
 
     async def turn(self) -> None:
         """Return when a step of an operation may begin."""
@@ -55,6 +61,10 @@ class Precedence:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             await turn
+
+    def _pace(self) -> None:
+        if self._pacing is None:
+            self._pacing = asyncio.get_running_loop().call_later(_STEP_S, self._begin_next)
 
     def _begin_next(self) -> None:
         self._pacing = asyncio.get_running_loop().call_later(_STEP_S, self._begin_next)

@@ -22,6 +22,20 @@ async def test_a_step_begins_at_once_while_few_ask() -> None:
             await requests.turn()
 
 
+async def test_a_step_waits_for_those_who_come_right_after_the_first() -> None:
+    requests = Precedence()
+    with requests.accepting():
+        pass
+    step = asyncio.create_task(requests.turn())
+    await asyncio.sleep(0)
+    assert not step.done()
+    with requests.accepting():
+        async with asyncio.timeout(30):
+            await step  # its turn has come, not the end of the moment: one asks still
+    async with asyncio.timeout(30):
+        await requests.turn()
+
+
 async def test_a_step_waits_until_nobody_of_many_asks() -> None:
     requests = Precedence()
     with ExitStack() as last:
