@@ -13,6 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 _MANY = 4  # who ask within _SOON_S
 _SOON_S = 0.1
@@ -20,6 +21,8 @@ _SOON_S = 0.1
 # longer to come; one who asks alone waits for what was asked for.
 _CALM_S = 0.01
 _CALM_OF_FEW_S = 0.001
+_CALM_TURNS = 3  # of the loop, after that: it may have had no time to hear of those who ask
+_BITE = 16  # steps that begin in one turn
 _STEP_S = 0.05  # between the beginnings of two steps, while many ask
 
 
@@ -31,7 +34,7 @@ class Precedence:
         self._begun: deque[float] = deque(maxlen=_MANY)  # when the last ones came
         self._waiting: deque[asyncio.Future[None]] = deque()  # steps
         self._pacing: asyncio.TimerHandle | None = None  # while steps wait
-        self._calm: asyncio.TimerHandle | None = None
+        self._calm: asyncio.Handle | None = None  # until it ends, or while steps begin
 
     @contextmanager
     def accepting(self) -> Iterator[None]:
@@ -53,7 +56,7 @@ class Precedence:
             if not self._count:
                 self._pace()
                 calm_s = _CALM_S if many else _CALM_OF_FEW_S
-                self._calm = loop.call_later(calm_s, self._begin_all)
+                self._calm = loop.call_later(calm_s, self._hear, _CALM_TURNS)
 
     async def turn(self) -> None:
         """Return when a step of an operation may begin."""
@@ -68,17 +71,26 @@ class Precedence:
 
     def _begin_next(self) -> None:
         self._pacing = asyncio.get_running_loop().call_later(_STEP_S, self._begin_next)
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():  # else its runner has ended
-                turn.set_result(None)
-                break
+        self._begin(1)
+
+    def _hear(self, turns: int) -> None:
+        """Let those who ask be heard, for so many turns; then begin what waits."""
+        following = self._begin_all if turns == 1 else partial(self._hear, turns - 1)
+        self._calm = asyncio.get_running_loop().call_soon(following)
 
     def _begin_all(self) -> None:
+        """Begin what waits, bite by bite, until somebody asks again."""
+        self._begin(_BITE)
+        if self._waiting:
+            self._calm = asyncio.get_running_loop().call_soon(self._begin_all)
+            return
         assert self._pacing is not None
         self._pacing.cancel()
         self._pacing = self._calm = None
-        while self._waiting:
+
+    def _begin(self, count: int) -> None:
+        while self._waiting and count:
             turn = self._waiting.popleft()
-            if not turn.done():
+            if not turn.done():  # else its runner has ended
                 turn.set_result(None)
+                count -= 1

@@ -109,3 +109,53 @@ async def test_rushes_follow_each_other() -> None:
             assert not step.done()
         async with asyncio.timeout(30):
             await step
+
+
+async def test_what_waits_begins_bite_by_bite_until_somebody_asks() -> None:
+    """All at once they would keep the loop from those who ask meanwhile."""
+    requests = Precedence()
+    begun: list[int] = []
+
+    async def step(number: int) -> None:
+        await requests.turn()
+        begun.append(number)
+
+    with ExitStack() as many:
+        ask(requests, many, precedence._MANY)
+        steps = [asyncio.create_task(step(number)) for number in range(3 * precedence._BITE)]
+        await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        while not begun:
+            await asyncio.sleep(0)
+    with requests.accepting():
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(begun) < len(steps)
+    async with asyncio.timeout(30):
+        await asyncio.wait(steps)
+    assert begun == [*range(3 * precedence._BITE)]
+
+
+async def test_those_whom_a_busy_loop_did_not_hear_are_heard_first() -> None:
+    requests = Precedence()
+    loop = asyncio.get_running_loop()
+    with ExitStack() as many:
+        ask(requests, many, precedence._MANY)
+        step = asyncio.create_task(requests.turn())
+    heard: list[bool] = []
+
+    def ask_late(turns: int) -> None:
+        """Ask as gRPC hands over a call that came while the loop was busy."""
+        if turns:
+            loop.call_soon(ask_late, turns - 1)
+            return
+        with requests.accepting():
+            heard.append(not step.done())
+
+    loop.call_soon(ask_late, precedence._CALM_TURNS - 1)
+    end = loop.time() + 2 * precedence._CALM_S
+    while loop.time() < end:  # busy for longer than a calm takes
+        pass
+    async with asyncio.timeout(30):
+        await step
+    assert heard == [True]
