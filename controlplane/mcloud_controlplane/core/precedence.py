@@ -13,7 +13,6 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 _MANY = 4  # who ask within _SOON_S
 _SOON_S = 0.1
@@ -75,8 +74,10 @@ class Precedence:
 
     def _hear(self, turns: int) -> None:
         """Let those who ask be heard, for so many turns; then begin what waits."""
-        following = self._begin_all if turns == 1 else partial(self._hear, turns - 1)
-        self._calm = asyncio.get_running_loop().call_soon(following)
+        if turns:
+            self._calm = asyncio.get_running_loop().call_soon(self._hear, turns - 1)
+        else:
+            self._begin_all()
 
     def _begin_all(self) -> None:
         """Begin what waits, bite by bite, until somebody asks again."""

@@ -14,6 +14,11 @@ def ask(requests: Precedence, stack: ExitStack, count: int) -> None:
         stack.enter_context(requests.accepting())
 
 
+async def step(requests: Precedence, begun: list[int], number: int) -> None:
+    await requests.turn()
+    begun.append(number)
+
+
 async def test_a_step_begins_at_once_while_few_ask() -> None:
     requests = Precedence()
     with ExitStack() as few:
@@ -82,13 +87,9 @@ async def test_steps_go_on_one_by_one_however_long_many_ask() -> None:
     requests = Precedence()
     begun: list[int] = []
 
-    async def step(number: int) -> None:
-        await requests.turn()
-        begun.append(number)
-
     with ExitStack() as many:
         ask(requests, many, precedence._MANY)
-        steps = [asyncio.create_task(step(number)) for number in range(4)]
+        steps = [asyncio.create_task(step(requests, begun, each)) for each in range(4)]
         await asyncio.sleep(0)
         steps[1].cancel()
         async with asyncio.timeout(30):
@@ -115,25 +116,20 @@ async def test_what_waits_begins_bite_by_bite_until_somebody_asks() -> None:
     """All at once they would keep the loop from those who ask meanwhile."""
     requests = Precedence()
     begun: list[int] = []
-
-    async def step(number: int) -> None:
-        await requests.turn()
-        begun.append(number)
-
+    numbers = range(10 * precedence._BITE)
     with ExitStack() as many:
         ask(requests, many, precedence._MANY)
-        steps = [asyncio.create_task(step(number)) for number in range(3 * precedence._BITE)]
+        steps = [asyncio.create_task(step(requests, begun, each)) for each in numbers]
         await asyncio.sleep(0)
     async with asyncio.timeout(30):
-        while not begun:
-            await asyncio.sleep(0)
+        await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
     with requests.accepting():
-        for _ in range(5):
+        for _ in numbers:  # turns of the loop, more than all would take if none asked
             await asyncio.sleep(0)
         assert len(begun) < len(steps)
     async with asyncio.timeout(30):
         await asyncio.wait(steps)
-    assert begun == [*range(3 * precedence._BITE)]
+    assert begun == [*numbers]
 
 
 async def test_those_whom_a_busy_loop_did_not_hear_are_heard_first() -> None:
